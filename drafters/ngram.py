@@ -1,0 +1,162 @@
+"""Prompt lookup: what followed the last few tokens earlier in the prompt or the output will follow them again."""
+
+from __future__ import annotations
+
+from collections import defaultdict, deque
+from collections.abc import Sequence as Seq
+
+import torch
+from torch import Tensor
+
+from specdec.drafters.growth import FixedPolicy
+from specdec.drafters.sampled import Sampled
+from specdec.interfaces import Commit, Noise, TreePolicy
+from specdec.model import PagedModel
+from specdec.pages import PagePool
+from specdec.sequence import Sequence
+from specdec.tree import TokenTree
+
+
+class NGramIndex:
+    """Where each n-gram of a growing token list has occurred; adding a token costs the same however long the list is."""
+
+    def __init__(self, min_ngram: int, max_ngram: int, max_matches: int) -> None:
+        self.tokens: list[int] = []
+        self._sizes = range(max_ngram, min_ngram - 1, -1)
+        # The most recent places only: a token's place is the index behind the n-gram that ends before it.
+        self._places: dict[tuple[int, ...], deque[int]] = defaultdict(lambda: deque(maxlen=max_matches))
+
+    def extend(self, tokens: Seq[int]) -> None:
+        for token in tokens:
+            place = len(self.tokens)
+            for size in self._sizes:
+                if size <= place:
+                    self._places[tuple(self.tokens[place - size :])].append(place)
+            self.tokens.append(token)
+
+    def matches(self, context: Seq[int]) -> list[int]:
+        """Places that followed the end of `context` before, longest n-gram first, then most recent, without repeats."""
+        found: dict[int, None] = {}
+        for size in self._sizes:
+            if size <= len(context):
+                for place in reversed(self._places.get(tuple(context[len(context) - size :]), ())):
+                    found.setdefault(place)
+        return list(found)
+
+    def continuation(self, place: int, length: int) -> list[int]:
+        """The tokens from `place` on; where they run into the end of the list, the repetition is carried on."""
+        tail = self.tokens[place : place + length]
+        period = len(self.tokens) - place
+        return [tail[i % period] for i in range(length)]
+
+
+class NGramDrafter:
+    """Prompt lookup over prompt and output (Saxena 2023, prompt-lookup-decoding; Yang et al. 2023, LLMA), no model needed.
+
+    The last `max_ngram` down to `min_ngram` tokens are looked up; the continuations of up to `max_matches` occurrences of
+    each n-gram are merged into one tree, longest match first, then most recent, as far as the policy admits. A policy that
+    draws gets the frequencies of the continuations of the longest match as its law.
+    """
+
+    feature_layers: tuple[int, ...] = ()
+
+    def __init__(self, min_ngram: int = 1, max_ngram: int = 4, max_matches: int = 8) -> None:
+        if not 1 <= min_ngram <= max_ngram or max_matches < 1:
+            raise ValueError(
+                f"min_ngram={min_ngram}, max_ngram={max_ngram}, max_matches={max_matches}: "
+                f"they must satisfy 1 <= min_ngram <= max_ngram and max_matches >= 1"
+            )
+        self._settings = (min_ngram, max_ngram, max_matches)
+        self._indexes: dict[int, NGramIndex] = {}
+        self._vocab_size = 0
+        self._device = torch.device("cpu")
+
+    def bind(self, target: PagedModel, pool: PagePool) -> None:
+        self._vocab_size, self._device = target.vocab_size, target.device
+
+    def observe(self, commits: Seq[Commit]) -> None:
+        for commit in commits:
+            index = self._indexes.setdefault(commit.sequence_id, NGramIndex(*self._settings))
+            index.extend([*commit.token_ids, commit.next_token][len(index.tokens) - commit.start :])
+
+    def propose(self, sequences: Seq[Sequence], policy: TreePolicy, noise: Noise) -> TokenTree:
+        if isinstance(policy, FixedPolicy):
+            rows = [self._merge(self._index(one), policy, one.max_draft_depth) for one in sequences]
+            return TokenTree.from_lists(rows, self._vocab_size)
+        if not isinstance(policy, Sampled):
+            raise ValueError(f"drafter ngram cannot follow the policy {type(policy).__name__}")
+        return policy.grow(_NGramRound(self, sequences), noise).tree
+
+    def forget(self, sequence_ids: Seq[int]) -> None:
+        for sequence_id in sequence_ids:
+            self._indexes.pop(sequence_id, None)
+
+    def _index(self, sequence: Sequence) -> NGramIndex:
+        index = self._indexes.setdefault(sequence.id, NGramIndex(*self._settings))
+        index.extend(sequence.token_ids[len(index.tokens) :])
+        return index
+
+    def _merge(self, index: NGramIndex, policy: FixedPolicy, limit: int) -> tuple[list[int], list[int]]:
+        """Tokens and parents of one tree: the continuations as paths, a new branch taking the next rank of its parent."""
+        depth = min(policy.max_depth, limit)
+        tokens, parents = [index.tokens[-1]], [-1]
+        ranks: list[tuple[int, ...]] = [()]
+        child_of: dict[tuple[int, int], int] = {}
+        num_children = [0]
+        for place in index.matches(index.tokens) if depth else ():
+            node = 0
+            for token in index.continuation(place, depth):
+                child = child_of.get((node, token))
+                if child is None:
+                    rank = (*ranks[node], num_children[node])
+                    if not policy.admits(rank, len(tokens)):
+                        break
+                    child = child_of[node, token] = len(tokens)
+                    num_children[node] += 1
+                    num_children.append(0)
+                    tokens.append(token)
+                    parents.append(node)
+                    ranks.append(rank)
+                node = child
+            if len(tokens) >= policy.max_nodes:
+                break
+        return tokens, parents
+
+
+class _NGramRound:
+    """Lets a policy that draws grow from the frequencies of what followed each node's context."""
+
+    def __init__(self, drafter: NGramDrafter, sequences: Seq[Sequence]) -> None:
+        self._indexes = [drafter._index(one) for one in sequences]
+        self.roots_B = torch.tensor([one.root for one in sequences], device=drafter._device)
+        self.limits = [one.max_draft_depth for one in sequences]
+        self.vocab_size = drafter._vocab_size
+
+    def expand_root(self) -> _NGramNext:
+        return _NGramNext(self)
+
+    def expand(self, tokens_BW: Tensor, parents_BW: Tensor, depth: int) -> _NGramNext:
+        return _NGramNext(self)
+
+    def law(self, row: int, path: list[int]) -> Tensor:
+        index = self._indexes[row]
+        counts = torch.zeros(self.vocab_size)
+        context = index.tokens[-8:] + path
+        for place in index.matches(context):
+            counts[index.tokens[place]] += 1
+        return counts / counts.sum().clamp_min(1)
+
+
+class _NGramNext:
+    def __init__(self, draft: _NGramRound) -> None:
+        self._draft = draft
+
+    def laws(self, paths_BWK: Tensor) -> Tensor:
+        laws = [
+            torch.stack([self._draft.law(row, [token for token in path if token >= 0]) for path in paths])
+            for row, paths in enumerate(paths_BWK.tolist())
+        ]
+        return torch.stack(laws).to(self._draft.roots_B.device)
+
+    def top(self, k: int) -> tuple[Tensor, Tensor]:
+        raise AssertionError("policies without chance take ready-made paths")

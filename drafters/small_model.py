@@ -1,0 +1,217 @@
+"""A small causal LM as drafter: its own keys and values on the target's pages, trees by any policy."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from specdec.drafters.growth import FixedPolicy
+from specdec.drafters.sampled import Sampled
+from specdec.interfaces import Commit, Noise, TreePolicy
+from specdec.kv_cache import KVCache
+from specdec.model import PagedModel, Segment
+from specdec.pages import PagePool, PageTable
+from specdec.sampling import BatchSampling, log_confidence
+from specdec.sequence import Sequence, batch_sampling
+from specdec.tree import TokenTree
+
+
+@dataclass
+class _State:
+    """How far the draft model has computed a sequence, and where it ran the nodes of the last tree."""
+
+    table: PageTable
+    num_computed: int = 0
+    expanded: list[int] = field(default_factory=list)
+
+
+class SmallModelDrafter:
+    """Drafts with a smaller model of the target's vocabulary (Leviathan et al. 2023, section 2; trees as in Miao et al. 2023).
+
+    Its keys and values lie in the same slots as the target's, in tensors of its own: the page tables are shared. Raises
+    ValueError where the vocabularies differ, naming both sizes.
+    """
+
+    feature_layers: tuple[int, ...] = ()
+    _CHUNK = 512
+
+    def __init__(self, model: PagedModel) -> None:
+        self.model = model
+        self.vocab_size = model.vocab_size
+        self._cache: KVCache | None = None
+        self._states: dict[int, _State] = {}
+
+    def bind(self, target: PagedModel, pool: PagePool) -> None:
+        check_vocabulary(target, self.model)
+        self.vocab_size = target.vocab_size
+        if self._cache is not None:
+            self._cache.release()
+        self._cache = self.model.new_cache(pool)
+        self._states.clear()
+
+    @property
+    def cache(self) -> KVCache:
+        assert self._cache is not None, "bind() comes first"
+        return self._cache
+
+    def observe(self, commits: Seq[Commit]) -> None:
+        """Moves the accepted nodes it has run to their positions; tokens it has not run are caught up in `propose`."""
+        source, target = [], []
+        for commit in commits:
+            state = self._states.get(commit.sequence_id)
+            if state is None or commit.nodes is None or not state.expanded:
+                continue
+            for depth, node in enumerate(commit.nodes[1:], 1):
+                if state.expanded[node] < 0:
+                    break
+                source.append(state.table.slot(commit.start + state.expanded[node]))
+                target.append(state.table.slot(commit.start + depth))
+                state.num_computed = commit.start + depth + 1
+            state.expanded = []
+        self.cache.move(source, target)
+
+    def propose(self, sequences: Seq[Sequence], policy: TreePolicy, noise: Noise) -> TokenTree:
+        if not isinstance(policy, FixedPolicy | Sampled):
+            raise ValueError(f"drafter small_model cannot follow the policy {type(policy).__name__}")
+        limits = [self._limit(one) for one in sequences]
+        if not any(limits):
+            return TokenTree.roots(
+                torch.tensor([one.root for one in sequences], device=self.model.device), self.vocab_size
+            )
+        grown = policy.grow(_ModelRound(self, sequences, limits), noise)
+        for one, expanded in zip(sequences, grown.expanded_BN.tolist(), strict=True):
+            self._states[one.id].expanded = expanded
+        return grown.tree
+
+    def forget(self, sequence_ids: Seq[int]) -> None:
+        for sequence_id in sequence_ids:
+            self._states.pop(sequence_id, None)
+
+    def state(self, sequence: Sequence) -> _State:
+        return self._states.setdefault(sequence.id, _State(sequence.table))
+
+    def _limit(self, sequence: Sequence) -> int:
+        limit = sequence.max_draft_depth
+        if self.model.max_positions is not None:
+            # The deepest level is never run through the draft model, so it may lie one position further.
+            limit = min(limit, self.model.max_positions - sequence.root_position)
+        return max(limit, 0)
+
+
+class _ModelRound:
+    """One round: catches the draft model up to the root, then runs the tree's nodes level by level."""
+
+    def __init__(self, drafter: SmallModelDrafter, sequences: Seq[Sequence], limits: list[int]) -> None:
+        self._drafter, self._sequences, self.limits = drafter, sequences, limits
+        self.device, self.vocab_size = drafter.model.device, drafter.vocab_size
+        self.roots_B = torch.tensor([one.root for one in sequences], device=self.device)
+        self._first_B = torch.tensor([len(one.token_ids) for one in sequences], device=self.device)
+        # Expanded nodes behind the root: who is an ancestor of whom (itself included), and at what depth.
+        batch = len(sequences)
+        self._ancestors_BXX = torch.zeros(batch, 0, 0, dtype=torch.bool, device=self.device)
+        self._depths: list[int] = []
+        self._sampling: BatchSampling | None = None
+
+    def expand_root(self) -> _ModelNext:
+        logits = self._catch_up()
+        return _ModelNext(self, logits[:, None])
+
+    def expand(self, tokens_BW: Tensor, parents_BW: Tensor, depth: int) -> _ModelNext:
+        batch, width = tokens_BW.shape
+        old = self._ancestors_BXX.shape[1]
+        # Column 0 stands for the root, which everybody sees as part of the context.
+        above = torch.nn.functional.pad(self._ancestors_BXX, (0, 0, 1, 0))
+        inherited = above.gather(1, parents_BW[..., None].expand(-1, -1, old))
+        own = torch.eye(width, dtype=torch.bool, device=self.device).expand(batch, -1, -1)
+        mask_BWM = torch.cat([inherited, own], 2)
+        self._ancestors_BXX = torch.cat([torch.nn.functional.pad(self._ancestors_BXX, (0, width)), mask_BWM], 1)
+        self._depths += [depth] * width
+        # A row that may not go this deep runs along with the batch; its nodes are dropped, so any valid position serves.
+        limit = self._drafter.model.max_positions
+        positions_BM = self._first_B[:, None] - 1 + torch.tensor(self._depths, device=self.device)
+        positions_BM = positions_BM if limit is None else positions_BM.clamp_max(limit - 1)
+        segments = [
+            Segment(one.table, len(one.token_ids), tokens, positions[old:], mask, positions)
+            for one, tokens, positions, mask in zip(self._sequences, tokens_BW, positions_BM, mask_BWM, strict=True)
+        ]
+        result = self._drafter.model.forward(segments, self._drafter.cache)
+        return _ModelNext(self, result.logits_RV.view(batch, width, -1))
+
+    def laws(self, logits_BWV: Tensor, paths_BWK: Tensor) -> Tensor:
+        if self._sampling is None:
+            self._sampling = batch_sampling(self._sequences, self.vocab_size, self.device)
+        batch, width, vocab = logits_BWV.shape
+        rows = torch.arange(batch, device=self.device).repeat_interleave(width)
+        probs = self._sampling.probabilities(logits_BWV.reshape(-1, vocab), rows, paths_BWK.flatten(0, 1))
+        return probs.view(batch, width, vocab)
+
+    def _catch_up(self) -> Tensor:
+        """Runs what the draft model has not seen, the root last, in chunks; logits [B, V] at the roots."""
+        pending = True
+        last: dict[int, Tensor] = {}
+        while pending:
+            segments, ends, owners = [], [], []
+            row, pending = 0, False
+            for i, one in enumerate(self._sequences):
+                state = self._drafter.state(one)
+                start = state.num_computed
+                end = min(len(one.token_ids), start + self._drafter._CHUNK)
+                if start == end:
+                    continue
+                tokens = torch.tensor(one.token_ids[start:end], device=self.device)
+                segments.append(Segment(one.table, start, tokens, torch.arange(start, end, device=self.device)))
+                row += end - start
+                state.num_computed = end
+                pending |= end < len(one.token_ids)
+                ends.append(row - 1)
+                owners.append(i)
+            result = self._drafter.model.forward(segments, self._drafter.cache, torch.tensor(ends, device=self.device))
+            last.update(zip(owners, result.logits_RV, strict=True))
+        return torch.stack([last[i] for i in range(len(self._sequences))])
+
+
+class _ModelNext:
+    """Next-token logits of W nodes per sequence, as scores for confidence trees or as laws to draw from."""
+
+    def __init__(self, draft: _ModelRound, logits_BWV: Tensor) -> None:
+        self._draft, self._logits_BWV = draft, fit_vocabulary(logits_BWV, draft.vocab_size)
+
+    def top(self, k: int) -> tuple[Tensor, Tensor]:
+        best = log_confidence(self._logits_BWV).topk(min(k, self._logits_BWV.shape[-1]))
+        missing = k - best.indices.shape[-1]
+        pad = torch.nn.functional.pad
+        return pad(best.indices, (0, missing)), pad(best.values, (0, missing), value=-torch.inf)
+
+    def laws(self, paths_BWK: Tensor) -> Tensor:
+        return self._draft.laws(self._logits_BWV, paths_BWK)
+
+
+def check_vocabulary(target: PagedModel, draft: PagedModel) -> None:
+    """Raises ValueError unless both models read the same tokens; padding of the logits alone may differ."""
+    if target.tokenizer is not None and draft.tokenizer is not None:
+        ours, theirs = target.tokenizer.get_vocab(), draft.tokenizer.get_vocab()
+        if ours == theirs:
+            return
+        sizes = f"{len(theirs)} and {len(ours)} tokens"
+    elif target.vocab_size == draft.vocab_size:
+        return
+    else:
+        sizes = f"{draft.vocab_size} and {target.vocab_size} tokens"
+    raise ValueError(
+        f"draft model {draft.name} and target {target.name} have different vocabularies ({sizes}): "
+        f"choose a draft model with the target's tokenizer"
+    )
+
+
+def fit_vocabulary(logits: Tensor, vocab_size: int) -> Tensor:
+    """Logits cut or padded (with -inf) to the target's width: families pad their embeddings differently."""
+    missing = vocab_size - logits.shape[-1]
+    return logits if missing == 0 else torch.nn.functional.pad(logits, (0, missing), value=-torch.inf)
+
+
+def load(path: str, **options: object) -> SmallModelDrafter:
+    """A drafter from a hub id, folder or GGUF file; options as in `specdec.loading.load_model`."""
+    return SmallModelDrafter(PagedModel.load(path, **options))

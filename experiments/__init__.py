@@ -1,0 +1,1 @@
+"""Entry points; Hydra ends here."""

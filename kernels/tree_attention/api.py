@@ -1,0 +1,91 @@
+"""Tree attention over pages: what a kernel is told about one packed forward, and the dispatch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from specdec.kernels.tree_attention.reference import tree_attention_reference
+
+
+@dataclass
+class SequencePlan:
+    """One sequence's share of a packed forward: its query rows, its keys, and who sees whom.
+
+    Keys are the first `visible_len` slots, seen by every query, followed by a tail of m slots seen as `tail_mask_QM`
+    says (None: causal, each new token sees the tail up to itself). The queries are the last Q keys. `slots` is the index
+    of each key in the cache, or `first_slot` where all keys lie in one run.
+    """
+
+    row: int
+    num_queries: int
+    visible_len: int
+    tail_mask_QM: Tensor | None
+    tail_positions_M: Tensor
+    first_slot: int | None
+    slots: Tensor | None
+    _masks: dict[int | None, Tensor | None] = field(default_factory=dict)
+
+    @property
+    def num_keys(self) -> int:
+        return self.visible_len + self.tail_positions_M.shape[0]
+
+    def mask(self, window: int | None) -> Tensor | None:
+        """Bool [Q, num_keys], True where a query sees a key; None where every query sees every key."""
+        if window not in self._masks:
+            self._masks[window] = self._build_mask(window)
+        return self._masks[window]
+
+    def _build_mask(self, window: int | None) -> Tensor | None:
+        rows, tail = self.num_queries, self.tail_positions_M.shape[0]
+        reach = self.num_keys if window is None else window
+        narrows = self.num_keys > reach
+        if not narrows and self.tail_mask_QM is None and rows == tail == 1:
+            return None
+        device = self.tail_positions_M.device
+        seen = self.tail_mask_QM
+        if seen is None:
+            seen = torch.ones(rows, tail, dtype=torch.bool, device=device).tril(tail - rows)
+        mask = torch.cat([seen.new_ones(rows, self.visible_len), seen], 1)
+        if narrows:
+            # A query at position i sees keys at positions i - window + 1 .. i, whatever slot they lie in.
+            keys = torch.cat([torch.arange(self.visible_len, device=device), self.tail_positions_M])
+            mask &= self.tail_positions_M[tail - rows :, None] - keys < reach
+        return mask
+
+
+@dataclass
+class AttentionPlan:
+    """Where one packed forward writes and reads: the slot of every new token and a plan per sequence."""
+
+    slots_T: Tensor
+    first_slot: int | None
+    sequences: list[SequencePlan]
+
+
+def tree_attention(
+    query_THE: Tensor,
+    key_cache_SGE: Tensor,
+    value_cache_SGE: Tensor,
+    plan: AttentionPlan,
+    *,
+    scaling: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks_H: Tensor | None = None,
+) -> Tensor:
+    """Attention of packed queries over each sequence's own slots; returns [T, H, E_v].
+
+    H must be a multiple of the cache's G kv heads (grouped-query attention). `window` counts positions including the
+    query's own, `softcap` bounds scores by softcap * tanh(score / softcap), `sinks_H` adds one logit per head to the
+    softmax's denominator. Raises ValueError for shapes that do not fit.
+    """
+    if query_THE.shape[1] % key_cache_SGE.shape[1]:
+        raise ValueError(f"{query_THE.shape[1]} query heads are not a multiple of {key_cache_SGE.shape[1]} kv heads")
+    if query_THE.shape[0] != sum(part.num_queries for part in plan.sequences):
+        raise ValueError(f"{query_THE.shape[0]} query rows do not match the plan's")
+    return tree_attention_reference(
+        query_THE, key_cache_SGE, value_cache_SGE, plan.sequences, scaling, window, softcap, sinks_H
+    )

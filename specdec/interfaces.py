@@ -1,0 +1,118 @@
+"""The protocols everything speaks: who proposes, who scores, who accepts, and where chance comes from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
+
+from torch import Tensor
+
+from specdec.noise import Key, RoundKey
+from specdec.tree import TokenTree, TreeSpec
+
+if TYPE_CHECKING:
+    from specdec.model import PagedModel
+    from specdec.pages import PagePool
+    from specdec.sequence import Sequence
+
+
+@runtime_checkable
+class Noise(Protocol):
+    """The only source of chance. `rows` are the batch rows that `prob_B` or `probs_BV` belong to."""
+
+    def bernoulli(self, prob_B: Tensor, key: RoundKey, rows: Tensor) -> Tensor:
+        """True iff u < prob, strictly."""
+        ...
+
+    def categorical(self, probs_BV: Tensor, key: Key, rows: Tensor) -> Tensor:
+        """One token id per row, never one of probability zero."""
+        ...
+
+
+@runtime_checkable
+class TargetLaws(Protocol):
+    """The target's processed next-token laws at the nodes of a batch of trees, float32 or float64."""
+
+    def at(self, nodes_B: Tensor) -> Tensor:
+        """Laws [B, V] at one node per row."""
+        ...
+
+    def all(self) -> Tensor:
+        """Laws [B, N, V] at every node."""
+        ...
+
+
+@dataclass(frozen=True)
+class Acceptance:
+    """A rule's verdict: `path_BK` accepted node indices, root first, -1 padded; `num_accepted_B` drafted tokens accepted
+    (the root not counted); `next_token_B` the one extra token."""
+
+    path_BK: Tensor
+    num_accepted_B: Tensor
+    next_token_B: Tensor
+
+
+class AcceptanceRule(Protocol):
+    """Which drafted tokens stay. `lossless` rules keep the target's law for every tree that they accept."""
+
+    name: str
+    lossless: bool
+
+    def accepts(self, spec: TreeSpec) -> str | None:
+        """None, or why this rule would not be exact for such trees."""
+        ...
+
+    def __call__(self, tree: TokenTree, laws: TargetLaws, noise: Noise) -> Acceptance: ...
+
+
+@dataclass(frozen=True)
+class ForwardResult:
+    """What one forward of the target gave: `logits_RV` of the wanted rows and, per asked-for layer, the hidden states
+    [T, D] of every packed token (0: embeddings, i: output of layer i)."""
+
+    logits_RV: Tensor
+    hidden: dict[int, Tensor]
+
+
+@dataclass(frozen=True)
+class Commit:
+    """Tokens of one sequence that went through the target and are final.
+
+    `token_ids` lie at positions `start`, `start` + 1, ...; `next_token` follows them, is final too and has not been
+    through the target yet (the next root). `nodes` are their node indices in the last proposed tree (root first; None for
+    a prompt chunk), `hidden` the target's states of exactly these tokens for each of the drafter's `feature_layers`.
+    """
+
+    sequence_id: int
+    start: int
+    token_ids: list[int]
+    next_token: int
+    nodes: list[int] | None
+    hidden: dict[int, Tensor]
+
+
+class Drafter(Protocol):
+    """Proposes token trees. `feature_layers`: the hidden states of the target that it wants to observe."""
+
+    feature_layers: tuple[int, ...]
+
+    def bind(self, target: PagedModel, pool: PagePool) -> None:
+        """Called once per engine, before anything else; raises ValueError where drafter and target do not fit."""
+        ...
+
+    def observe(self, commits: Seq[Commit]) -> None: ...
+
+    def propose(self, sequences: Seq[Sequence], policy: TreePolicy, noise: Noise) -> TokenTree: ...
+
+    def forget(self, sequence_ids: Seq[int]) -> None: ...
+
+
+class TreePolicy(Protocol):
+    """How a tree grows. `spec` says what its trees are; `max_depth` and `max_nodes` bound them (root included); while it
+    grows, at most `max_expanded` nodes are run through a draft model."""
+
+    spec: TreeSpec
+    max_depth: int
+    max_nodes: int
+    max_expanded: int

@@ -1,0 +1,92 @@
+"""The tensors behind the pages: keys and values of every layer, indexed by slot."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from specdec.pages import PagePool, PageTable
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """K/V heads and their sizes in one attention layer."""
+
+    num_kv_heads: int
+    key_size: int
+    value_size: int
+
+
+class KVCache:
+    """Keys and values of all layers on a pool's pages; layers of one shape share a tensor, so a commit is one move.
+
+    Slots are those of `PagePool`: growing the pool grows the tensors and keeps their contents.
+    """
+
+    def __init__(
+        self, pool: PagePool, shapes: list[LayerShape], dtype: torch.dtype, device: torch.device | str
+    ) -> None:
+        self.pool, self.shapes, self.dtype, self.device = pool, shapes, dtype, torch.device(device)
+        distinct = list(dict.fromkeys(shapes))
+        self._group = [distinct.index(shape) for shape in shapes]
+        self._index = [self._group[:layer].count(self._group[layer]) for layer in range(len(shapes))]
+        sizes = [self._group.count(group) for group in range(len(distinct))]
+        self._keys_LSGE = [self._empty(n, s.num_kv_heads, s.key_size) for n, s in zip(sizes, distinct, strict=True)]
+        self._values_LSGE = [self._empty(n, s.num_kv_heads, s.value_size) for n, s in zip(sizes, distinct, strict=True)]
+        pool.attach(self)
+
+    def layer(self, index: int) -> tuple[Tensor, Tensor]:
+        """Keys [S, G, E_k] and values [S, G, E_v] of one layer over all slots; views, written in place."""
+        group, at = self._group[index], self._index[index]
+        return self._keys_LSGE[group][at], self._values_LSGE[group][at]
+
+    def write(self, layer: int, slots_T: Tensor, first_slot: int | None, keys_TGE: Tensor, values_TGE: Tensor) -> None:
+        """Stores new tokens at their slots; `first_slot` where these are one run."""
+        for cache, new in zip(self.layer(layer), (keys_TGE, values_TGE), strict=True):
+            if first_slot is not None:
+                cache[first_slot : first_slot + new.shape[0]] = new
+            else:
+                cache.index_copy_(0, slots_T, new.to(cache.dtype))
+
+    def move(self, source: list[int], target: list[int]) -> None:
+        """Copies slots to slots in every layer: how an accepted path reaches its positions."""
+        pairs = [(s, t) for s, t in zip(source, target, strict=True) if s != t]
+        if not pairs:
+            return
+        sources, targets = torch.tensor(pairs, device=self.device).unbind(1)
+        for cache in (*self._keys_LSGE, *self._values_LSGE):
+            # Reading first makes a copy, so a slot may be both source and target.
+            cache.index_copy_(1, targets, cache.index_select(1, sources))
+
+    def gather(self, layer: int, table: PageTable, num_tokens: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of a sequence's first `num_tokens` positions, contiguous."""
+        slots = torch.tensor(
+            [table.slot(position) for position in range(num_tokens)], dtype=torch.int64, device=self.device
+        )
+        keys, values = self.layer(layer)
+        return keys[slots], values[slots]
+
+    def resize(self, num_pages: int) -> None:
+        """Follows the pool: room for `num_pages` pages, contents kept."""
+        slots = num_pages * self.pool.page_size
+        for group in (self._keys_LSGE, self._values_LSGE):
+            for i, old in enumerate(group):
+                new = old.new_zeros(old.shape[0], slots, *old.shape[2:])
+                new[:, : min(slots, old.shape[1])] = old[:, :slots]
+                group[i] = new
+
+    def copy_pages(self, source: list[int], target: list[int]) -> None:
+        size = self.pool.page_size
+        self.move(
+            [page * size + s for page in source for s in range(size)],
+            [page * size + s for page in target for s in range(size)],
+        )
+
+    def release(self) -> None:
+        """Lets go of the pool; the cache is not used afterwards."""
+        self.pool.detach(self)
+
+    def _empty(self, layers: int, heads: int, size: int) -> Tensor:
+        return torch.empty(layers, 0, heads, size, dtype=self.dtype, device=self.device)

@@ -1,0 +1,180 @@
+"""PagedModel: any Hugging Face causal LM running over pages, target and draft model alike."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from specdec.attention import ATTENTION_NAME, TreeContext, UnsupportedModelError, register
+from specdec.interfaces import ForwardResult
+from specdec.kernels.tree_attention import AttentionPlan, SequencePlan
+from specdec.kv_cache import KVCache, LayerShape
+from specdec.pages import PagePool, PageTable
+
+
+@dataclass(frozen=True)
+class Segment:
+    """One sequence's new tokens in a packed forward.
+
+    Every new token sees positions 0..`visible_len`-1; behind them lies a tail of M slots, the new tokens the last Q of
+    it. `tail_mask_QM` says which of the tail a new token sees (None: M equals Q and a token sees the ones up to itself),
+    `positions_Q` the new tokens' positions and `tail_positions_M` those of the whole tail (None: M equals Q).
+    """
+
+    table: PageTable
+    visible_len: int
+    token_ids_Q: Tensor
+    positions_Q: Tensor
+    tail_mask_QM: Tensor | None = None
+    tail_positions_M: Tensor | None = None
+
+
+class PagedModel:
+    """A causal LM whose attention reads a paged KV cache: packed tokens of many sequences, prompt chunks and trees mixed.
+
+    `model` is any transformers decoder-only causal LM; it is switched to the paged attention function and to inference.
+    Raises UnsupportedModelError where that attention is not used by every layer. Use `specdec.loading.load_model` to load
+    by hub id, folder or GGUF file and to run the self-check.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None, name: str = ""
+    ) -> None:
+        register()
+        self.model = model.eval().requires_grad_(False)
+        self.tokenizer = tokenizer
+        self.name = name or str(getattr(model.config, "name_or_path", "")) or type(model).__name__
+        config = model.config.get_text_config(decoder=True)
+        self.num_layers: int = config.num_hidden_layers
+        self.hidden_size: int = config.hidden_size
+        self.max_positions: int | None = getattr(config, "max_position_embeddings", None)
+        self._takes_rows = "logits_to_keep" in inspect.signature(type(model).forward).parameters
+        try:
+            model.set_attn_implementation(ATTENTION_NAME)
+        except Exception as error:
+            raise UnsupportedModelError(
+                f"{self.name}: {type(model).__name__} cannot change its attention: {error}"
+            ) from error
+        self.layer_shapes, self.vocab_size = self._measure()
+
+    @staticmethod
+    def load(path: str, **options: Any) -> PagedModel:
+        """Loads by hub id, local folder or GGUF file; see `specdec.loading.load_model` for the options."""
+        from specdec.loading import load_model
+
+        return load_model(path, **options)
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.dtype
+
+    @property
+    def eos_token_ids(self) -> frozenset[int]:
+        """Every id that ends a sequence, as the generation config or else the tokenizer says."""
+        generation = getattr(self.model, "generation_config", None)
+        ids = getattr(generation, "eos_token_id", None)
+        if ids is None and self.tokenizer is not None:
+            ids = self.tokenizer.eos_token_id
+        return frozenset() if ids is None else frozenset([ids] if isinstance(ids, int) else ids)
+
+    def new_cache(self, pool: PagePool) -> KVCache:
+        """Tensors for this model's layers on the pool's pages."""
+        return KVCache(pool, self.layer_shapes, self.dtype, self.device)
+
+    @torch.inference_mode()
+    def forward(
+        self,
+        segments: Seq[Segment],
+        cache: KVCache,
+        wanted_rows: Tensor | None = None,
+        hidden_layers: Seq[int] = (),
+    ) -> ForwardResult:
+        """One forward over the packed tokens of all segments; their keys and values are in the cache afterwards.
+
+        `wanted_rows` picks the packed rows whose logits are returned (None: all); `hidden_layers` the hidden states
+        returned for every packed token. The pages must have been reserved.
+        """
+        tokens = torch.cat([segment.token_ids_Q for segment in segments])
+        positions = torch.cat([segment.positions_Q for segment in segments])
+        context = TreeContext(plan_attention(segments, self.device), cache)
+        rows = torch.arange(len(tokens), device=self.device) if wanted_rows is None else wanted_rows
+        return self._run(tokens, positions, context, rows, tuple(hidden_layers))
+
+    def _run(
+        self, tokens: Tensor, positions: Tensor, context: TreeContext, rows: Tensor, hidden_layers: tuple[int, ...] = ()
+    ) -> ForwardResult:
+        options: dict[str, Any] = {"logits_to_keep": rows} if self._takes_rows else {}
+        if hidden_layers:
+            options["output_hidden_states"] = True
+        out = self.model(
+            input_ids=tokens[None].to(self.device),
+            position_ids=positions[None].to(self.device),
+            use_cache=False,
+            tree_context=context,
+            **options,
+        )
+        logits = out.logits[0] if self._takes_rows else out.logits[0][rows]
+        return ForwardResult(logits, {layer: out.hidden_states[layer][0] for layer in hidden_layers})
+
+    @torch.inference_mode()
+    def _measure(self) -> tuple[list[LayerShape], int]:
+        """K/V shape of every layer and the width of the logits, from a forward of one token that attends to nothing."""
+        token, row = torch.tensor([0]), torch.tensor([0])
+        context = TreeContext(AttentionPlan(row, 0, []), None)
+        try:
+            result = self._run(token, row, context, row.to(self.device))
+        except UnsupportedModelError:
+            raise
+        except Exception as error:
+            raise UnsupportedModelError(
+                f"{self.name}: {type(self.model).__name__} cannot run over pages ({type(error).__name__}: {error})"
+            ) from error
+        missing = sorted(set(range(self.num_layers)) - set(context.shapes))
+        if missing:
+            raise UnsupportedModelError(
+                f"{self.name}: layers {missing} of {type(self.model).__name__} do not use the attention function registered "
+                f"with transformers, so they cannot be served from pages; choose a model that does"
+            )
+        return [context.shapes[layer] for layer in range(self.num_layers)], result.logits_RV.shape[-1]
+
+
+def plan_attention(segments: Seq[Segment], device: torch.device) -> AttentionPlan:
+    """Slots to write and to read for the packed tokens of `segments`."""
+    plans, slots, row = [], [], 0
+    for segment in segments:
+        queries = len(segment.token_ids_Q)
+        tail_positions = segment.positions_Q if segment.tail_positions_M is None else segment.tail_positions_M
+        keys = segment.visible_len + len(tail_positions)
+        assert keys <= segment.table.capacity, f"{keys} keys do not fit {segment.table.capacity} reserved slots"
+        first, size = segment.table.first_slot, segment.table.pool.page_size
+        if first is None:
+            pages = torch.tensor(segment.table.pages, device=device)
+            own = (pages[:, None] * size + torch.arange(size, device=device)).flatten()[:keys]
+        else:
+            own = torch.arange(first, first + keys, device=device)
+        plans.append(
+            SequencePlan(
+                row,
+                queries,
+                segment.visible_len,
+                None if segment.tail_mask_QM is None else segment.tail_mask_QM.to(device),
+                tail_positions.to(device),
+                first,
+                own if first is None else None,
+            )
+        )
+        slots.append(own[keys - queries :])
+        row += queries
+    lone = plans[0].first_slot if len(plans) == 1 else None
+    first_slot = None if lone is None else lone + plans[0].num_keys - plans[0].num_queries
+    return AttentionPlan(torch.cat(slots), first_slot, plans)

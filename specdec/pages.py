@@ -1,0 +1,173 @@
+"""Page accounting: who holds which page of the KV cache. Nothing here touches a tensor."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterable
+from typing import Protocol
+
+
+class OutOfPages(RuntimeError):
+    """Fewer pages are free than were asked for; whoever asked keeps exactly what it had."""
+
+    def __init__(self, wanted: int, free: int, total: int, page_size: int) -> None:
+        super().__init__(
+            f"{wanted} pages wanted, {free} of {total} free ({page_size} tokens each): "
+            f"raise num_pages, or run fewer or shorter sequences at once"
+        )
+        self.wanted, self.free, self.total = wanted, free, total
+
+
+class Storage(Protocol):
+    """Tensors that hang on a pool's pages: every KV cache that shares its page tables."""
+
+    def resize(self, num_pages: int) -> None: ...
+
+    def copy_pages(self, source: list[int], target: list[int]) -> None: ...
+
+
+class PagePool:
+    """`num_pages` pages of `page_size` token slots, with a reference count each; lowest free page first.
+
+    Slot s of page p has index `p * page_size + s` in every storage attached to the pool.
+    """
+
+    def __init__(self, num_pages: int, page_size: int = 16) -> None:
+        if num_pages < 0 or page_size < 1:
+            raise ValueError(f"num_pages={num_pages} and page_size={page_size} must be >= 0 and >= 1")
+        self.page_size = page_size
+        self._references = [0] * num_pages
+        # Lowest first keeps a lone sequence in one run of slots, which attention reads without a gather.
+        self._free = list(range(num_pages))
+        self._storages: list[Storage] = []
+
+    @property
+    def num_pages(self) -> int:
+        return len(self._references)
+
+    @property
+    def num_free(self) -> int:
+        return len(self._free)
+
+    def references(self, page: int) -> int:
+        return self._references[page]
+
+    def attach(self, storage: Storage) -> None:
+        """Hangs tensors on the pages: they are resized now and whenever the pool grows, and copied when pages are."""
+        storage.resize(self.num_pages)
+        self._storages.append(storage)
+
+    def detach(self, storage: Storage) -> None:
+        self._storages.remove(storage)
+
+    def grow(self, num_pages: int) -> None:
+        """Makes the pool hold `num_pages` pages; never fewer than now."""
+        for page in range(self.num_pages, num_pages):
+            self._references.append(0)
+            heapq.heappush(self._free, page)
+        for storage in self._storages:
+            storage.resize(self.num_pages)
+
+    def pages_for(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.page_size)
+
+    def allocate(self, count: int) -> list[int]:
+        """Takes `count` free pages with one reference each. Raises OutOfPages, having taken none."""
+        if count > self.num_free:
+            raise OutOfPages(count, self.num_free, self.num_pages, self.page_size)
+        pages = [heapq.heappop(self._free) for _ in range(count)]
+        for page in pages:
+            self._references[page] = 1
+        return pages
+
+    def share(self, pages: Iterable[int]) -> None:
+        for page in pages:
+            assert self._references[page] > 0, f"page {page} is free and cannot be shared"
+            self._references[page] += 1
+
+    def release(self, pages: Iterable[int]) -> None:
+        for page in pages:
+            assert self._references[page] > 0, f"page {page} is free already"
+            self._references[page] -= 1
+            if self._references[page] == 0:
+                heapq.heappush(self._free, page)
+
+    def copy(self, pages: list[int]) -> list[int]:
+        """New pages with the contents of `pages` in every storage; the old ones lose one reference. Raises OutOfPages."""
+        fresh = self.allocate(len(pages))
+        for storage in self._storages:
+            storage.copy_pages(pages, fresh)
+        self.release(pages)
+        return fresh
+
+    def check(self, tables: Iterable[PageTable]) -> None:
+        """Proves that every page is free xor held, once per table that lists it. Raises AssertionError."""
+        held = [0] * self.num_pages
+        for table in tables:
+            assert len(set(table.pages)) == len(table.pages), f"a table lists a page twice: {table.pages}"
+            for page in table.pages:
+                held[page] += 1
+        assert held == self._references, f"references {self._references} differ from what tables hold {held}"
+        assert len(set(self._free)) == len(self._free), "a page is free twice"
+        assert sorted(self._free) == [page for page, count in enumerate(held) if count == 0], "a page leaked"
+
+
+class PageTable:
+    """The pages of one sequence in order: token position i lies in slot i % page_size of page i // page_size."""
+
+    def __init__(self, pool: PagePool) -> None:
+        self.pool = pool
+        self.pages: list[int] = []
+        self._run = True
+
+    @property
+    def capacity(self) -> int:
+        """Token slots held."""
+        return len(self.pages) * self.pool.page_size
+
+    @property
+    def first_slot(self) -> int | None:
+        """Where the table's slots start if its pages lie in one run, else None."""
+        return self.pages[0] * self.pool.page_size if self.pages and self._run else None
+
+    def reserve(self, num_tokens: int, writable_from: int) -> None:
+        """Holds slots for `num_tokens` positions, those from `writable_from` on shared with nobody (copy-on-write).
+
+        Raises OutOfPages, having changed nothing.
+        """
+        size = self.pool.page_size
+        first = writable_from // size
+        shared = [i for i in range(first, len(self.pages)) if self.pool.references(self.pages[i]) > 1]
+        missing = max(0, self.pool.pages_for(num_tokens) - len(self.pages))
+        if not shared and not missing:
+            return
+        if len(shared) + missing > self.pool.num_free:
+            raise OutOfPages(len(shared) + missing, self.pool.num_free, self.pool.num_pages, size)
+        if shared:
+            fresh = self.pool.copy([self.pages[i] for i in shared])
+            for i, page in zip(shared, fresh, strict=True):
+                self.pages[i] = page
+        self.pages += self.pool.allocate(missing)
+        self._run = all(b == a + 1 for a, b in zip(self.pages, self.pages[1:], strict=False))
+
+    def slot(self, position: int) -> int:
+        page, offset = divmod(position, self.pool.page_size)
+        return self.pages[page] * self.pool.page_size + offset
+
+    def fork(self) -> PageTable:
+        """A second table on the same pages; whoever writes first copies."""
+        twin = PageTable(self.pool)
+        twin.pages, twin._run = list(self.pages), self._run
+        self.pool.share(twin.pages)
+        return twin
+
+    def truncate(self, num_tokens: int) -> None:
+        """Gives back the pages behind the first `num_tokens` positions."""
+        keep = self.pool.pages_for(num_tokens)
+        dropped, self.pages = self.pages[keep:], self.pages[:keep]
+        self.pool.release(dropped)
+        self._run = all(b == a + 1 for a, b in zip(self.pages, self.pages[1:], strict=False))
+
+    def release(self) -> None:
+        """Gives back every page."""
+        self.truncate(0)

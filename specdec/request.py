@@ -1,0 +1,142 @@
+"""What goes in and what comes out: a request's prompt, its stream of tokens, and its result."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+
+from specdec.metrics import RequestMetrics
+from specdec.model import PagedModel
+from specdec.pages import PageTable
+from specdec.sampling import SamplingParams
+from specdec.sequence import Sequence
+from specdec.text import TextStream
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished request. `finish_reason` is `stop` (an end id or stop string) or `length`; the token that ended it is in
+    `token_ids`, a stop string is not in `text`. `logprobs` per token: its own and the alternatives asked for."""
+
+    index: int
+    prompt: str | None
+    prompt_token_ids: list[int]
+    token_ids: list[int]
+    text: str
+    seed: int
+    finish_reason: str
+    logprobs: list[tuple[float, dict[int, float]]] | None
+    metrics: RequestMetrics
+
+
+@dataclass(frozen=True)
+class Token:
+    """One final token of prompt `index` and the text that became certain with it; the last one carries the result."""
+
+    index: int
+    token_id: int
+    text: str
+    result: Result | None = None
+
+
+class Request:
+    """A prompt on its way: its sequence, its text so far, what ends it.
+
+    Raises ValueError where the prompt does not fit the model or stop strings lack a tokenizer.
+    """
+
+    def __init__(
+        self,
+        id: int,
+        index: int,
+        prompt: str | Seq[int],
+        token_ids: list[int],
+        params: SamplingParams,
+        target: PagedModel,
+        table: PageTable,
+    ) -> None:
+        limit = target.max_positions
+        if limit is not None and len(token_ids) > limit:
+            raise ValueError(
+                f"prompt {index} has {len(token_ids)} tokens; {target.name} takes at most {limit}: shorten the prompt"
+            )
+        if params.stop and target.tokenizer is None:
+            raise ValueError(f"stop={params.stop!r} needs a tokenizer, and {target.name} was loaded without one")
+        # Computing ends at the last position; one more token can be emitted behind it.
+        longest = len(token_ids) + params.max_new_tokens
+        max_tokens = longest if limit is None else min(longest, limit + 1)
+        self.index, self.prompt = index, prompt if isinstance(prompt, str) else None
+        self.sequence = Sequence(id, token_ids, params, params.with_seed(), table, max_tokens, limit)
+        self.metrics = RequestMetrics()
+        self.result: Result | None = None
+        self.released = False
+        self._stop_ids = set(params.stop_token_ids) | (set() if params.ignore_eos else target.eos_token_ids)
+        self._text = TextStream(target.tokenizer, params.stop) if target.tokenizer is not None else None
+        self._logprobs: list[tuple[float, dict[int, float]]] | None = None if params.logprobs is None else []
+
+    def append(self, tokens: list[int], logprobs: list[tuple[float, dict[int, float]]] | None) -> list[Token]:
+        """Takes the step's final tokens one by one until something ends the request."""
+        out = []
+        for i, token in enumerate(tokens):
+            self.sequence.token_ids.append(token)
+            if self._logprobs is not None and logprobs is not None:
+                self._logprobs.append(logprobs[i])
+            text = self._text.push(token) if self._text is not None else ""
+            if not self.metrics.num_new_tokens:
+                self.metrics.first_token_s = time.perf_counter()
+            self.metrics.num_new_tokens += 1
+            reason = self._ended_by(token)
+            if reason is not None:
+                out.append(self._finish(token, text, reason))
+                break
+            out.append(Token(self.index, token, text))
+        return out
+
+    def _ended_by(self, token: int) -> str | None:
+        if token in self._stop_ids or (self._text is not None and self._text.stopped):
+            return "stop"
+        return "length" if len(self.sequence.token_ids) >= self.sequence.max_tokens else None
+
+    def _finish(self, token: int, text: str, reason: str) -> Token:
+        one = self.sequence
+        one.finish_reason = reason
+        if self._text is not None:
+            text += self._text.finish()
+        self.metrics.end_s = time.perf_counter()
+        self.result = Result(
+            self.index,
+            self.prompt,
+            one.token_ids[: one.prompt_len],
+            one.output_token_ids,
+            self._text.text if self._text is not None else "",
+            one.seed,
+            reason,
+            self._logprobs,
+            self.metrics,
+        )
+        return Token(self.index, token, text, self.result)
+
+
+def encode(target: PagedModel, prompt: str | Seq[int], chat: bool) -> list[int]:
+    """Token ids of a prompt; `chat` wraps text in the model's chat template. Raises ValueError naming what is wrong."""
+    if isinstance(prompt, str):
+        if target.tokenizer is None:
+            raise ValueError(f"{target.name} was loaded without a tokenizer: give prompts as token ids")
+        if chat:
+            if not target.tokenizer.chat_template:
+                raise ValueError(f"{target.name} has no chat template: use chat=false")
+            message = [{"role": "user", "content": prompt}]
+            text = target.tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
+            # The template writes the special tokens itself.
+            ids = list(target.tokenizer(text, add_special_tokens=False)["input_ids"])
+        else:
+            ids = list(target.tokenizer(prompt)["input_ids"])
+    else:
+        ids = [int(token) for token in prompt]
+    if not ids:
+        raise ValueError(f"prompt {prompt!r} has no tokens: give at least one")
+    outside = [token for token in ids if not 0 <= token < target.vocab_size]
+    if outside:
+        raise ValueError(f"prompt token {outside[0]} is outside {target.name}'s vocabulary of {target.vocab_size}")
+    return ids

@@ -1,0 +1,310 @@
+"""The token tree: what a drafter proposes and the target checks in one forward."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+from enum import IntEnum
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+
+class DrawKind(IntEnum):
+    """How a drafted child came to be: without chance, or as one of several draws of its parent's draft law."""
+
+    FIXED = 0
+    IID = 1
+    WITHOUT_REPLACEMENT = 2
+
+
+@dataclass(frozen=True)
+class TreeSpec:
+    """What an acceptance rule must know about trees to say whether it is exact for them.
+
+    `kinds` are the draw kinds that can occur; `is_chain`: every node has at most one child and one draw; `has_laws`:
+    stochastic draws come with their law; `adapted`: whether a child exists was decided before it was drawn.
+    """
+
+    kinds: frozenset[DrawKind]
+    is_chain: bool
+    has_laws: bool = True
+    adapted: bool = True
+
+    @property
+    def is_sampled(self) -> bool:
+        return bool(self.kinds - {DrawKind.FIXED})
+
+
+@dataclass(frozen=True)
+class TokenTree:
+    """A batch of padded token trees; node 0 of each is the root, the last committed token.
+
+    Shapes: `tokens_BN`, `parents_BN` (-1 for the root and for padding, which has index >= `num_nodes_B`; a parent comes
+    before its children), `num_nodes_B`; `draws_BM` the node each drafted draw reached, siblings in drawing order, -1
+    padding; `kinds_BM` a `DrawKind` per draw; `draft_laws_BNV` row n is the law n's non-FIXED children were drawn from
+    (None when every draw is FIXED). `adapted` is False where a drawn child may have been dropped after it was seen.
+    `vocab_size` bounds the tokens; it is taken from the laws when there are any. Raises ValueError naming the broken rule.
+    """
+
+    tokens_BN: Tensor
+    parents_BN: Tensor
+    num_nodes_B: Tensor
+    draws_BM: Tensor
+    kinds_BM: Tensor
+    draft_laws_BNV: Tensor | None = None
+    adapted: bool = True
+    vocab_size: int | None = None
+
+    def __post_init__(self) -> None:
+        self._check()
+
+    @property
+    def batch_size(self) -> int:
+        return self.tokens_BN.shape[0]
+
+    @property
+    def max_nodes(self) -> int:
+        return self.tokens_BN.shape[1]
+
+    @property
+    def device(self) -> torch.device:
+        return self.tokens_BN.device
+
+    @cached_property
+    def is_node_BN(self) -> Tensor:
+        return torch.arange(self.max_nodes, device=self.device) < self.num_nodes_B[:, None]
+
+    @cached_property
+    def ancestors_BNN(self) -> Tensor:
+        """`[b, n, m]` is True iff m is n or one of its ancestors; rows of padding are all False."""
+        ancestors = torch.zeros(*self.tokens_BN.shape, self.max_nodes, dtype=torch.bool, device=self.device)
+        node = torch.where(self.is_node_BN, torch.arange(self.max_nodes, device=self.device), -1)
+        while bool((node >= 0).any()):
+            # A finished node writes its own diagonal once more, so the scatter needs no mask.
+            at = torch.where(node >= 0, node, 0)
+            ancestors |= torch.zeros_like(ancestors).scatter_(2, at[..., None], (node >= 0)[..., None])
+            node = torch.where(node >= 0, self.parents_BN.gather(1, at), -1)
+        return ancestors
+
+    @cached_property
+    def depth_BN(self) -> Tensor:
+        """Edges from the root; -1 for padding."""
+        return self.ancestors_BNN.sum(-1) - 1
+
+    @cached_property
+    def spec(self) -> TreeSpec:
+        """What these very trees are, for the run-time check of a rule."""
+        drawn = self.kinds_BM[self.draws_BM >= 0]
+        kinds = frozenset(kind for kind in DrawKind if bool((drawn == kind).any()))
+        before = torch.arange(-1, self.max_nodes - 1, device=self.device)
+        in_line = bool(((self.parents_BN == before) | ~self.is_node_BN).all())
+        single = bool(((self.draws_BM >= 0).sum(1) == self.num_nodes_B - 1).all())
+        return TreeSpec(kinds, in_line and single, self.draft_laws_BNV is not None, self.adapted)
+
+    @cached_property
+    def node_kinds_BN(self) -> Tensor:
+        """The draw kind of every drafted node; FIXED for the root and padding."""
+        drawn = self.draws_BM >= 0
+        kinds = torch.full_like(self.tokens_BN, DrawKind.FIXED)
+        # FIXED is 0 and every draw to one node is of one kind, so the largest entry is that kind.
+        return kinds.scatter_reduce(1, self.draws_BM.clamp_min(0), torch.where(drawn, self.kinds_BM, 0), "amax")
+
+    def path(self, node: int, row: int = 0) -> list[int]:
+        """Node indices from the root to `node`, both included."""
+        parents, path = self.parents_BN[row].tolist(), [node]
+        while parents[path[-1]] >= 0:
+            path.append(parents[path[-1]])
+        return path[::-1]
+
+    @staticmethod
+    def roots(tokens_B: Tensor, vocab_size: int | None = None) -> TokenTree:
+        """Trees of a root alone: plain decoding."""
+        return TokenTree.from_parents(tokens_B[:, None], torch.full_like(tokens_B[:, None], -1), vocab_size=vocab_size)
+
+    @staticmethod
+    def from_parents(
+        tokens_BN: Tensor, parents_BN: Tensor, num_nodes_B: Tensor | None = None, vocab_size: int | None = None
+    ) -> TokenTree:
+        """Trees whose every child is FIXED, from tokens and parent indices."""
+        batch, nodes = tokens_BN.shape
+        if num_nodes_B is None:
+            num_nodes_B = torch.full((batch,), nodes, dtype=torch.int64, device=tokens_BN.device)
+        index = torch.arange(1, nodes, device=tokens_BN.device).expand(batch, -1)
+        draws = torch.where(index < num_nodes_B[:, None], index, -1)
+        kinds = torch.full_like(draws, DrawKind.FIXED)
+        return TokenTree(tokens_BN, parents_BN, num_nodes_B, draws, kinds, vocab_size=vocab_size)
+
+    @staticmethod
+    def from_paths(roots: Seq[int], paths: Seq[Seq[Seq[int]]], vocab_size: int | None = None) -> TokenTree:
+        """FIXED trees that merge, for each row, the given token paths below `roots[row]` (common prefixes share nodes)."""
+        rows: list[tuple[list[int], list[int]]] = []
+        for root, row_paths in zip(roots, paths, strict=True):
+            tokens, parents, child_of = [root], [-1], {}
+            for path in row_paths:
+                node = 0
+                for token in path:
+                    if (node, token) not in child_of:
+                        child_of[node, token] = len(tokens)
+                        tokens.append(token)
+                        parents.append(node)
+                    node = child_of[node, token]
+            rows.append((tokens, parents))
+        return TokenTree.from_lists(rows, vocab_size)
+
+    @staticmethod
+    def from_lists(rows: Seq[tuple[list[int], list[int]]], vocab_size: int | None = None) -> TokenTree:
+        """FIXED trees from ragged host lists of (tokens, parents), padded to the largest."""
+        width = max(len(tokens) for tokens, _ in rows)
+        tokens_BN = torch.tensor([tokens + [0] * (width - len(tokens)) for tokens, _ in rows])
+        parents_BN = torch.tensor([parents + [-1] * (width - len(parents)) for _, parents in rows])
+        num_nodes_B = torch.tensor([len(tokens) for tokens, _ in rows])
+        return TokenTree.from_parents(tokens_BN, parents_BN, num_nodes_B, vocab_size)
+
+    @staticmethod
+    def chain(
+        tokens_BN: Tensor,
+        draft_laws_BNV: Tensor | None = None,
+        kind: DrawKind = DrawKind.FIXED,
+        vocab_size: int | None = None,
+    ) -> TokenTree:
+        """One path per row: root, then each token the child of the one before; `kind` is that of every draw."""
+        batch, nodes = tokens_BN.shape
+        parents = torch.arange(-1, nodes - 1, device=tokens_BN.device).expand(batch, -1)
+        draws = torch.arange(1, nodes, device=tokens_BN.device).expand(batch, -1)
+        count = torch.full((batch,), nodes, dtype=torch.int64, device=tokens_BN.device)
+        kinds = torch.full_like(draws, kind)
+        return TokenTree(tokens_BN, parents, count, draws, kinds, draft_laws_BNV, vocab_size=vocab_size)
+
+    @staticmethod
+    def concat(trees: Seq[TokenTree]) -> TokenTree:
+        """Stacks batches of trees, padding nodes, draws and laws to the largest."""
+        if len(trees) == 1:
+            return trees[0]
+        nodes = max(tree.max_nodes for tree in trees)
+        draws = max(tree.draws_BM.shape[1] for tree in trees)
+        with_laws = [tree.draft_laws_BNV for tree in trees if tree.draft_laws_BNV is not None]
+        laws = None
+        if with_laws:
+            vocab = with_laws[0].shape[-1]
+            blank = [with_laws[0].new_zeros(tree.batch_size, nodes, vocab) for tree in trees]
+            for out, tree in zip(blank, trees, strict=True):
+                if tree.draft_laws_BNV is not None:
+                    out[:, : tree.max_nodes] = tree.draft_laws_BNV
+            laws = torch.cat(blank)
+        return TokenTree(
+            torch.cat([_pad(tree.tokens_BN, nodes, 0) for tree in trees]),
+            torch.cat([_pad(tree.parents_BN, nodes, -1) for tree in trees]),
+            torch.cat([tree.num_nodes_B for tree in trees]),
+            torch.cat([_pad(tree.draws_BM, draws, -1) for tree in trees]),
+            torch.cat([_pad(tree.kinds_BM, draws, DrawKind.FIXED) for tree in trees]),
+            laws,
+            all(tree.adapted for tree in trees),
+            next((tree.vocab_size for tree in trees if tree.vocab_size is not None), None),
+        )
+
+    def _check(self) -> None:
+        batch, nodes = self.tokens_BN.shape if self.tokens_BN.ndim == 2 else (0, 0)
+        if nodes < 1 or self.parents_BN.shape != (batch, nodes) or self.num_nodes_B.shape != (batch,):
+            raise ValueError(
+                f"tokens {tuple(self.tokens_BN.shape)}, parents {tuple(self.parents_BN.shape)} and num_nodes "
+                f"{tuple(self.num_nodes_B.shape)} must be [B, N], [B, N] and [B] with N >= 1"
+            )
+        if self.draws_BM.ndim != 2 or self.draws_BM.shape != self.kinds_BM.shape or self.draws_BM.shape[0] != batch:
+            raise ValueError(
+                f"draws {tuple(self.draws_BM.shape)} and kinds {tuple(self.kinds_BM.shape)} must both be [B, M]"
+            )
+        laws = self.draft_laws_BNV
+        if laws is not None and (laws.ndim != 3 or laws.shape[:2] != (batch, nodes)):
+            raise ValueError(f"draft laws {tuple(laws.shape)} must be [B, N, V] for tokens {(batch, nodes)}")
+        index = torch.arange(nodes, device=self.device)
+        inside, parents = self.is_node_BN, self.parents_BN
+        if not bool(((self.num_nodes_B >= 1) & (self.num_nodes_B <= nodes)).all()):
+            raise ValueError(f"num_nodes {self.num_nodes_B.tolist()} must lie in 1..{nodes}")
+        expected = torch.where(inside & (index > 0), (parents >= 0) & (parents < index), parents == -1)
+        if not bool(expected.all()):
+            row, _ = _first(~expected)
+            raise ValueError(
+                f"row {row}: parents {parents[row].tolist()} must come before their children, -1 for root and padding"
+            )
+        vocab = self.vocab_size if laws is None else laws.shape[-1]
+        outside = (self.tokens_BN < 0) if vocab is None else (self.tokens_BN < 0) | (self.tokens_BN >= vocab)
+        if bool((outside & inside).any()):
+            raise ValueError(f"token {int(self.tokens_BN[outside & inside][0])} is outside the vocabulary of {vocab}")
+        if nodes > 1 or self.draws_BM.numel():
+            self._check_draws()
+
+    def _check_draws(self) -> None:
+        drawn = self.draws_BM >= 0
+        astray = (self.draws_BM < -1) | (self.draws_BM == 0) | (self.draws_BM >= self.num_nodes_B[:, None])
+        if bool(astray.any()):
+            row, _ = _first(astray)
+            draws = self.draws_BM[row].tolist()
+            raise ValueError(f"row {row}: draws {draws} must name drafted nodes (1..num_nodes-1) or be -1")
+        unknown = drawn & ((self.kinds_BM < min(DrawKind)) | (self.kinds_BM > max(DrawKind)))
+        if bool(unknown.any()):
+            row, draw = _first(unknown)
+            raise ValueError(f"row {row}: draw {draw} has kind {int(self.kinds_BM[row, draw])}, which is no DrawKind")
+        at = self.draws_BM.clamp_min(0)
+        count = torch.zeros_like(self.tokens_BN).scatter_add_(1, at, drawn.long())
+        unreached = self.is_node_BN[:, 1:] & (count[:, 1:] == 0)
+        if bool(unreached.any()):
+            row, node = _first(unreached)
+            raise ValueError(f"row {row}: node {node + 1} must be reached by at least one draw")
+        # Two nodes with one parent and one token, or two draws to one node, are the same token drawn twice.
+        once = torch.zeros_like(count).scatter_add_(1, at, (drawn & (self.kinds_BM != DrawKind.IID)).long())
+        twice = self._twin_siblings() | ((once > 0) & (count > 1))
+        if bool(twice.any()):
+            row, node = _first(twice)
+            token, parent = int(self.tokens_BN[row, node]), int(self.parents_BN[row, node])
+            raise ValueError(
+                f"row {row}: token {token} comes twice below node {parent}: siblings must carry distinct tokens; "
+                f"an i.i.d. duplicate is one node with several draws"
+            )
+        stochastic = drawn & (self.kinds_BM != DrawKind.FIXED)
+        if not bool(stochastic.any()):
+            return
+        laws = self.draft_laws_BNV
+        if laws is None:
+            raise ValueError("stochastic draws need draft_laws_BNV, the laws they were drawn from")
+        rows, draws = stochastic.nonzero(as_tuple=True)
+        nodes = self.draws_BM[rows, draws]
+        parents = self.parents_BN[rows, nodes]
+        used = laws[rows, parents]
+        tolerance = 1e-9 if laws.dtype == torch.float64 else 1e-4
+        # Asked as "is it within", so that NaN is not.
+        unlawful = (used < 0).any(-1) | ~((used.sum(-1) - 1).abs() <= tolerance)
+        if bool(unlawful.any()):
+            one = int(unlawful.nonzero()[0])
+            raise ValueError(
+                f"row {int(rows[one])}: the draft law of node {int(parents[one])} has sum {float(used[one].sum())} "
+                f"and minimum {float(used[one].min())}; draft laws must be non-negative and sum to 1"
+            )
+        tokens = self.tokens_BN[rows, nodes]
+        impossible = used.gather(1, tokens[:, None]).squeeze(1) <= 0
+        if bool(impossible.any()):
+            one = int(impossible.nonzero()[0])
+            raise ValueError(
+                f"row {int(rows[one])}: drafted token {int(tokens[one])} has probability zero under the law of node "
+                f"{int(parents[one])} it claims to be drawn from"
+            )
+
+    def _twin_siblings(self) -> Tensor:
+        """True [B, N] at drafted nodes whose token a sibling carries too."""
+        # One integer per (parent, token); sorting beats the N x N comparison for wide trees.
+        drafted = self.is_node_BN & (self.parents_BN >= 0)
+        unique = -1 - torch.arange(self.max_nodes, device=self.device)
+        label = torch.where(drafted, self.parents_BN * (1 << 32) + self.tokens_BN, unique).sort(1)
+        repeats = torch.zeros_like(drafted)
+        return repeats.scatter_(1, label.indices[:, 1:], label.values[:, 1:] == label.values[:, :-1])
+
+
+def _first(flags: Tensor) -> tuple[int, int]:
+    """Row and column of the first True."""
+    row, column = flags.nonzero()[0].tolist()
+    return row, column
+
+
+def _pad(values: Tensor, width: int, fill: int) -> Tensor:
+    return torch.nn.functional.pad(values, (0, width - values.shape[1]), value=int(fill))

@@ -1,0 +1,149 @@
+"""The verifier: prompt chunks and trees of many sequences through one forward of the target, then the rule's verdict."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+
+import torch
+
+from specdec.interfaces import Acceptance, AcceptanceRule, Noise
+from specdec.kv_cache import KVCache
+from specdec.metrics import StepTimes
+from specdec.model import PagedModel, Segment
+from specdec.pages import PagePool
+from specdec.sampling import ModelLaws, token_logprobs
+from specdec.scheduler import Plan
+from specdec.sequence import Sequence, batch_sampling
+from specdec.tree import TokenTree, TreeSpec
+from specdec.verifiers.follow import Follow
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What one step decided, a row per verifying sequence in tree order.
+
+    `paths` are the accepted node indices, root first; `tokens` the new final tokens, the extra one last; `logprobs` per
+    token where asked for, as `sampling.token_logprobs` gives them. `hidden` holds per computed sequence the asked-for
+    states of its chunk and accepted path.
+    """
+
+    paths: list[list[int]]
+    tokens: list[list[int]]
+    logprobs: list[list[tuple[float, dict[int, float]]] | None]
+    hidden: dict[int, dict[int, torch.Tensor]] = field(default_factory=dict)
+
+
+class Verifier:
+    """Checks trees against a target under an acceptance rule (default: `follow`).
+
+    Raises ValueError for a lossy rule unless `allow_lossy`.
+    """
+
+    def __init__(self, target: PagedModel, rule: AcceptanceRule | None = None, allow_lossy: bool = False) -> None:
+        self.target, self.rule = target, rule if rule is not None else Follow()
+        if not self.rule.lossless and not allow_lossy:
+            raise ValueError(
+                f"rule {self.rule.name} is LOSSY: its output does not follow the target's law; set allow_lossy=true to use it"
+            )
+
+    def require(self, spec: TreeSpec) -> None:
+        """Raises ValueError where the rule would not be exact for such trees."""
+        if reason := self.rule.accepts(spec):
+            raise ValueError(f"rule {self.rule.name} is not exact for this policy: {reason}")
+
+    def new_cache(self, pool: PagePool) -> KVCache:
+        return self.target.new_cache(pool)
+
+    def verify(
+        self,
+        plan: Plan,
+        tree: TokenTree | None,
+        noise: Noise,
+        cache: KVCache,
+        feature_layers: tuple[int, ...],
+        times: StepTimes,
+    ) -> Verdict:
+        """One forward over the plan's chunks and the trees of `plan.verifying`; accepted keys and values end up at their
+        positions. `tree` is None where every prompt goes on."""
+        start = time.perf_counter()
+        segments, wanted, row = [], [], 0
+        place = {one.id: i for i, one in enumerate(plan.verifying)}
+        root_rows: dict[int, int] = {}
+        for one, chunk in zip(plan.sequences, plan.chunks, strict=True):
+            segment = _segment(one, chunk, tree, place.get(one.id), self.target.device)
+            segments.append(segment)
+            if one.id in place:
+                root_rows[one.id] = row + chunk
+            row += len(segment.token_ids_Q)
+        if tree is not None:
+            counts = tree.num_nodes_B.tolist()
+            wanted = [
+                root_rows[one.id] + n for one, count in zip(plan.verifying, counts, strict=True) for n in range(count)
+            ]
+        prepared = time.perf_counter()
+        rows = torch.tensor(wanted, dtype=torch.int64, device=self.target.device)
+        result = self.target.forward(segments, cache, rows, feature_layers)
+        done = time.perf_counter()
+        times.other_s += prepared - start
+        times.forward_s += done - prepared
+        verdict = Verdict([], [], [])
+        if tree is not None:
+            sampling = batch_sampling(plan.verifying, self.target.vocab_size, self.target.device)
+            acceptance = self.rule(tree, ModelLaws(result.logits_RV, tree, sampling), noise)
+            verdict = self._commit(plan.verifying, tree, acceptance, result.logits_RV, cache)
+        if feature_layers:
+            row = 0
+            for one, chunk, segment in zip(plan.sequences, plan.chunks, segments, strict=True):
+                path = verdict.paths[place[one.id]] if one.id in place else []
+                kept = torch.tensor(
+                    [*range(row, row + chunk), *(row + chunk + n for n in path)], device=self.target.device
+                )
+                verdict.hidden[one.id] = {layer: states[kept] for layer, states in result.hidden.items()}
+                row += len(segment.token_ids_Q)
+        times.accept_s += time.perf_counter() - done
+        return verdict
+
+    def _commit(
+        self,
+        sequences: list[Sequence],
+        tree: TokenTree,
+        acceptance: Acceptance,
+        logits_RV: torch.Tensor,
+        cache: KVCache,
+    ) -> Verdict:
+        accepted = acceptance.num_accepted_B.tolist()
+        paths = [path[: count + 1] for path, count in zip(acceptance.path_BK.tolist(), accepted, strict=True)]
+        extra, drafted = acceptance.next_token_B.tolist(), tree.tokens_BN.tolist()
+        tokens = [[row[n] for n in path[1:]] + [t] for row, path, t in zip(drafted, paths, extra, strict=True)]
+        source, target = [], []
+        for one, path in zip(sequences, paths, strict=True):
+            for depth, node in enumerate(path):
+                if node != depth:
+                    source.append(one.table.slot(one.root_position + node))
+                    target.append(one.table.slot(one.root_position + depth))
+        cache.move(source, target)
+        logprobs: list[list[tuple[float, dict[int, float]]] | None] = []
+        first = (tree.num_nodes_B.cumsum(0) - tree.num_nodes_B).tolist()
+        for one, path, new, at in zip(sequences, paths, tokens, first, strict=True):
+            top = one.params.logprobs
+            logprobs.append(None if top is None else token_logprobs(logits_RV[[at + n for n in path]], new, top))
+        return Verdict(paths, tokens, logprobs)
+
+
+def _segment(one: Sequence, chunk: int, tree: TokenTree | None, row: int | None, device: torch.device) -> Segment:
+    """A sequence's prompt chunk followed by its tree, if it has one in this step."""
+    start = one.num_computed
+    prompt = torch.tensor(one.token_ids[start : start + chunk], dtype=torch.int64, device=device)
+    positions = torch.arange(start, start + chunk, device=device)
+    if row is None or tree is None:
+        return Segment(one.table, start, prompt, positions)
+    count = int(tree.num_nodes_B[row])
+    tokens = torch.cat([prompt, tree.tokens_BN[row, :count]])
+    if count == 1:
+        return Segment(one.table, start, tokens, torch.arange(start, start + chunk + 1, device=device))
+    # The tree sees the chunk before it, and within itself only ancestors.
+    assert chunk == 0, "trees of drafted nodes grow only where the prompt is computed"
+    return Segment(
+        one.table, start, tokens, start + tree.depth_BN[row, :count], tree.ancestors_BNN[row, :count, :count]
+    )
