@@ -116,8 +116,7 @@ class _ModelRound:
         self._sampling: BatchSampling | None = None
 
     def expand_root(self) -> _ModelNext:
-        logits = self._catch_up()
-        return _ModelNext(self, logits[:, None])
+        return _ModelNext(self, self._catch_up())
 
     def expand(self, tokens_BW: Tensor, parents_BW: Tensor, depth: int) -> _ModelNext:
         batch, width = tokens_BW.shape
@@ -129,16 +128,22 @@ class _ModelRound:
         mask_BWM = torch.cat([inherited, own], 2)
         self._ancestors_BXX = torch.cat([torch.nn.functional.pad(self._ancestors_BXX, (0, width)), mask_BWM], 1)
         self._depths += [depth] * width
-        # A row that may not go this deep runs along with the batch; its nodes are dropped, so any valid position serves.
-        limit = self._drafter.model.max_positions
         positions_BM = self._first_B[:, None] - 1 + torch.tensor(self._depths, device=self.device)
-        positions_BM = positions_BM if limit is None else positions_BM.clamp_max(limit - 1)
+        # A row that may not go deeper than this has no use for the nodes, nor perhaps a position.
+        live = [row for row, limit in enumerate(self.limits) if limit > depth]
         segments = [
-            Segment(one.table, len(one.token_ids), tokens, positions[old:], mask, positions)
-            for one, tokens, positions, mask in zip(self._sequences, tokens_BW, positions_BM, mask_BWM, strict=True)
+            Segment(
+                self._sequences[row].table,
+                len(self._sequences[row].token_ids),
+                tokens_BW[row],
+                positions_BM[row, old:],
+                mask_BWM[row],
+                positions_BM[row],
+            )
+            for row in live
         ]
-        result = self._drafter.model.forward(segments, self._drafter.cache)
-        return _ModelNext(self, result.logits_RV.view(batch, width, -1))
+        logits_RV = self._drafter.model.forward(segments, self._drafter.cache).logits_RV
+        return _ModelNext(self, self._spread(logits_RV.view(len(live), width, -1), live))
 
     def laws(self, logits_BWV: Tensor, paths_BWK: Tensor) -> Tensor:
         if self._sampling is None:
@@ -149,28 +154,36 @@ class _ModelRound:
         return probs.view(batch, width, vocab)
 
     def _catch_up(self) -> Tensor:
-        """Runs what the draft model has not seen, the root last, in chunks; logits [B, V] at the roots."""
-        pending = True
-        last: dict[int, Tensor] = {}
-        while pending:
-            segments, ends, owners = [], [], []
-            row, pending = 0, False
-            for i, one in enumerate(self._sequences):
+        """Runs what the draft model has not seen, the root last, in chunks; logits [B, 1, V] at the roots."""
+        live = [row for row, limit in enumerate(self.limits) if limit > 0]
+        at_root: dict[int, Tensor] = {}
+        while len(at_root) < len(live):
+            segments, ends, owners, packed = [], [], [], 0
+            for row in live:
+                one = self._sequences[row]
                 state = self._drafter.state(one)
-                start = state.num_computed
-                end = min(len(one.token_ids), start + self._drafter._CHUNK)
+                start, end = state.num_computed, min(len(one.token_ids), state.num_computed + self._drafter._CHUNK)
                 if start == end:
                     continue
                 tokens = torch.tensor(one.token_ids[start:end], device=self.device)
                 segments.append(Segment(one.table, start, tokens, torch.arange(start, end, device=self.device)))
-                row += end - start
+                packed += end - start
                 state.num_computed = end
-                pending |= end < len(one.token_ids)
-                ends.append(row - 1)
-                owners.append(i)
-            result = self._drafter.model.forward(segments, self._drafter.cache, torch.tensor(ends, device=self.device))
-            last.update(zip(owners, result.logits_RV, strict=True))
-        return torch.stack([last[i] for i in range(len(self._sequences))])
+                if end == len(one.token_ids):
+                    ends.append(packed - 1)
+                    owners.append(row)
+            rows = torch.tensor(ends, dtype=torch.int64, device=self.device)
+            result = self._drafter.model.forward(segments, self._drafter.cache, rows)
+            at_root.update(zip(owners, result.logits_RV, strict=True))
+        return self._spread(torch.stack([at_root[row] for row in live])[:, None], live)
+
+    def _spread(self, logits: Tensor, live: list[int]) -> Tensor:
+        """Logits of the rows that ran, at their places in the batch; zeros elsewhere."""
+        if len(live) == len(self._sequences):
+            return logits
+        out = logits.new_zeros(len(self._sequences), *logits.shape[1:])
+        out[live] = logits
+        return out
 
 
 class _ModelNext:

@@ -13,7 +13,7 @@ import torch
 from specdec.interfaces import Commit, Drafter, TreePolicy
 from specdec.metrics import StepTimes
 from specdec.noise import CounterNoise
-from specdec.pages import PagePool, PageTable
+from specdec.pages import OutOfPages, PagePool, PageTable
 from specdec.request import Request, Result, Token, encode
 from specdec.sampling import SamplingParams
 from specdec.scheduler import Plan, plan
@@ -95,11 +95,13 @@ class Engine:
             )
             for i, (prompt, one) in enumerate(zip(prompts, each, strict=True))
         ]
-        for first in range(0, len(requests), self.max_batch_size):
-            yield from self._run_batch(requests[first : first + self.max_batch_size])
+        for batch in self._batches(requests):
+            yield from self._run_batch(batch)
 
     def _run_batch(self, batch: list[Request]) -> Iterator[Token]:
-        self._make_room(batch)
+        need = sum(self._pages_for(request) for request in batch)
+        if self._may_grow and need > self.pool.num_free:
+            self.pool.grow(self.pool.num_pages + need - self.pool.num_free)
         for request in batch:
             request.metrics.start_s = time.perf_counter()
         running = batch
@@ -198,19 +200,34 @@ class Engine:
             )
         self.drafter.observe(commits)
 
+    @property
+    def _scratch(self) -> int:
+        """Slots behind the computed tokens that a step may write: the tree, or what was run to draft it."""
+        return 1 if self.policy is None else max(self.policy.max_nodes, self.policy.max_expanded)
+
     def _reserve(self, step: Plan) -> None:
-        """Slots for everything this step may write, drafts behind the committed tokens included."""
-        scratch = 1 if self.policy is None else max(self.policy.max_nodes, self.policy.max_expanded)
         for one, chunk in zip(step.sequences, step.chunks, strict=True):
-            end = one.num_computed + chunk + (scratch if one.is_prefilled else 1)
+            end = one.num_computed + chunk + (self._scratch if one.is_prefilled else 1)
             one.table.reserve(end, one.num_computed)
 
-    def _make_room(self, batch: list[Request]) -> None:
-        """Grows the cache for the longest these sequences can become; raises OutOfPages where it may not."""
-        scratch = 1 if self.policy is None else max(self.policy.max_nodes, self.policy.max_expanded)
-        need = sum(self.pool.pages_for(request.sequence.max_tokens + scratch) for request in batch)
-        if self._may_grow and need > self.pool.num_free:
-            self.pool.grow(self.pool.num_pages + need - self.pool.num_free)
+    def _pages_for(self, request: Request) -> int:
+        """Pages for the longest that a request can become."""
+        return self.pool.pages_for(request.sequence.max_tokens + self._scratch)
+
+    def _batches(self, requests: list[Request]) -> list[list[Request]]:
+        """Requests in order, as many at once as size and pages allow. Raises OutOfPages for one that fits never."""
+        batches: list[list[Request]] = []
+        room = 0
+        for request in requests:
+            need = self._pages_for(request)
+            if not self._may_grow and need > self.pool.num_pages:
+                raise OutOfPages(need, self.pool.num_pages, self.pool.num_pages, self.pool.page_size)
+            if not batches or len(batches[-1]) == self.max_batch_size or (not self._may_grow and need > room):
+                batches.append([])
+                room = self.pool.num_pages
+            batches[-1].append(request)
+            room -= need
+        return batches
 
     def _release(self, request: Request) -> None:
         if request.released:

@@ -10,7 +10,7 @@ from specdec.metrics import RequestMetrics
 from specdec.model import PagedModel
 from specdec.pages import PageTable
 from specdec.sampling import SamplingParams
-from specdec.sequence import Sequence
+from specdec.sequence import Sequence, batch_sampling
 from specdec.text import TextStream
 
 
@@ -68,6 +68,8 @@ class Request:
         max_tokens = longest if limit is None else min(longest, limit + 1)
         self.index, self.prompt = index, prompt if isinstance(prompt, str) else None
         self.sequence = Sequence(id, token_ids, params, params.with_seed(), table, max_tokens, limit)
+        # Building it once finds a biased token that the vocabulary does not have before anything runs.
+        batch_sampling([self.sequence], target.vocab_size, "cpu")
         self.metrics = RequestMetrics()
         self.result: Result | None = None
         self.released = False

@@ -45,14 +45,15 @@ class SamplingParams:
         if isinstance(self.stop, str):
             object.__setattr__(self, "stop", (self.stop,))
         checks = {
-            "temperature": (self.temperature >= 0 and math.isfinite(self.temperature), "a finite number >= 0"),
+            # Logits over less than 1e-30 overflow float32, and a law of NaNs follows.
+            "temperature": (self.temperature == 0 or 1e-30 <= self.temperature < math.inf, "0 or a finite number > 1e-30"),
             "top_k": (self.top_k >= 0, "an integer >= 0 (0 switches it off)"),
             "top_p": (0 < self.top_p <= 1, "in (0, 1]"),
             "min_p": (0 <= self.min_p <= 1, "in [0, 1]"),
             "repetition_penalty": (self.repetition_penalty > 0, "a number > 0"),
             "presence_penalty": (math.isfinite(self.presence_penalty), "a finite number"),
             "frequency_penalty": (math.isfinite(self.frequency_penalty), "a finite number"),
-            "logit_bias": (all(t >= 0 and not math.isnan(b) for t, b in self.logit_bias.items()), "token id -> number"),
+            "logit_bias": (all(t >= 0 and b < math.inf for t, b in self.logit_bias.items()), "token id -> number below inf"),
             "max_new_tokens": (self.max_new_tokens >= 1, "an integer >= 1"),
             "stop": (all(self.stop), "non-empty strings"),
             "logprobs": (self.logprobs is None or self.logprobs >= 0, "None or an integer >= 0"),
@@ -133,15 +134,19 @@ class BatchSampling:
         warped = scores / torch.where(temperature > 0, temperature, 1)
         top_k = column("top_k", 0)
         if top_k is not None:
-            k = torch.where(top_k > 0, top_k, self.vocab_size).clamp_max(self.vocab_size).long()
+            k = top_k.clamp(1, self.vocab_size).long()
             kth = warped.topk(int(k.max())).values.gather(1, k - 1)
-            warped = warped.masked_fill(warped < kth, -torch.inf)
+            warped = warped.masked_fill((warped < kth) & (top_k > 0), -torch.inf)
         probs = warped.softmax(-1)
         top_p, min_p = column("top_p", 1.0), column("min_p", 0.0)
-        if top_p is not None:
-            probs = _renormalise(probs.masked_fill(probs < _top_p_cut(probs, top_p), 0))
-        if min_p is not None:
-            probs = _renormalise(probs.masked_fill(probs < min_p * probs.amax(-1, keepdim=True), 0))
+        if top_p is not None or min_p is not None:
+            dropped = torch.zeros_like(probs, dtype=torch.bool)
+            if top_p is not None:
+                dropped |= probs < _top_p_cut(probs, top_p)
+            if min_p is not None:
+                dropped |= probs < min_p * probs.amax(-1, keepdim=True)
+            # A second softmax instead of a division: a row that drops nothing keeps its very bits, whoever is beside it.
+            probs = warped.masked_fill(dropped, -torch.inf).softmax(-1)
         is_greedy = temperature == 0
         return torch.where(is_greedy, _one_hot(scores), probs) if bool(is_greedy.any()) else probs
 
@@ -230,18 +235,14 @@ def _one_hot(scores: Tensor) -> Tensor:
     return torch.zeros_like(scores).scatter_(1, scores.argmax(-1, keepdim=True), 1.0)
 
 
-def _renormalise(probs: Tensor) -> Tensor:
-    return probs / probs.sum(-1, keepdim=True)
-
-
 def _top_p_cut(probs: Tensor, top_p: Tensor) -> Tensor:
     """The smallest probability that stays: tokens stay while the mass of the likelier ones is below top_p."""
     size = probs.shape[-1]
     # A full sort of the vocabulary costs milliseconds; the mass almost always lies in the first thousand tokens.
     for width in (1024, size):
         ordered = probs.topk(min(width, size)).values
-        before = ordered.cumsum(-1) - ordered
-        if width >= size or bool((before[:, -1:] >= top_p).all()):
+        before = torch.nn.functional.pad(ordered.cumsum(-1)[:, :-1], (1, 0))
+        if width >= size or bool(((before[:, -1:] >= top_p) | (top_p >= 1)).all()):
             break
     kept = (before < top_p).sum(-1, keepdim=True).clamp_min(1)
     cut = ordered.gather(1, kept - 1)
