@@ -135,7 +135,7 @@ class _ModelRound:
             Segment(
                 self._sequences[row].table,
                 len(self._sequences[row].token_ids),
-                tokens_BW[row],
+                self._readable(tokens_BW[row]),
                 positions_BM[row, old:],
                 mask_BWM[row],
                 positions_BM[row],
@@ -165,7 +165,7 @@ class _ModelRound:
                 start, end = state.num_computed, min(len(one.token_ids), state.num_computed + self._drafter._CHUNK)
                 if start == end:
                     continue
-                tokens = torch.tensor(one.token_ids[start:end], device=self.device)
+                tokens = self._readable(torch.tensor(one.token_ids[start:end], device=self.device))
                 segments.append(Segment(one.table, start, tokens, torch.arange(start, end, device=self.device)))
                 packed += end - start
                 state.num_computed = end
@@ -176,6 +176,10 @@ class _ModelRound:
             result = self._drafter.model.forward(segments, self._drafter.cache, rows)
             at_root.update(zip(owners, result.logits_RV, strict=True))
         return self._spread(torch.stack([at_root[row] for row in live])[:, None], live)
+
+    def _readable(self, tokens: Tensor) -> Tensor:
+        # A target padded wider can emit an id that the draft model has no row for; any draft is as good behind it.
+        return tokens.clamp_max(self._drafter.model.vocab_size - 1)
 
     def _spread(self, logits: Tensor, live: list[int]) -> Tensor:
         """Logits of the rows that ran, at their places in the batch; zeros elsewhere."""

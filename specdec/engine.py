@@ -6,11 +6,10 @@ import itertools
 import time
 from collections.abc import Iterator
 from collections.abc import Sequence as Seq
-from typing import TYPE_CHECKING
 
 import torch
 
-from specdec.interfaces import Commit, Drafter, TreePolicy
+from specdec.interfaces import Commit, Drafter, TreePolicy, Verdict, Verifier
 from specdec.metrics import StepTimes
 from specdec.noise import CounterNoise
 from specdec.pages import OutOfPages, PagePool, PageTable
@@ -18,9 +17,6 @@ from specdec.request import Request, Result, Token, encode
 from specdec.sampling import SamplingParams
 from specdec.scheduler import Plan, plan
 from specdec.tree import TokenTree
-
-if TYPE_CHECKING:
-    from specdec.verifiers.verifier import Verdict, Verifier
 
 
 class Engine:

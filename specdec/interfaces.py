@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from torch import Tensor
@@ -12,8 +12,11 @@ from specdec.noise import Key, RoundKey
 from specdec.tree import TokenTree, TreeSpec
 
 if TYPE_CHECKING:
+    from specdec.kv_cache import KVCache
+    from specdec.metrics import StepTimes
     from specdec.model import PagedModel
     from specdec.pages import PagePool
+    from specdec.scheduler import Plan
     from specdec.sequence import Sequence
 
 
@@ -116,3 +119,40 @@ class TreePolicy(Protocol):
     max_depth: int
     max_nodes: int
     max_expanded: int
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What one step decided, a row per verifying sequence in tree order.
+
+    `paths` are the accepted node indices, root first; `tokens` the new final tokens, the extra one last; `logprobs` per
+    token where asked for, as `sampling.token_logprobs` gives them. `hidden` holds per computed sequence the asked-for
+    states of its chunk and accepted path.
+    """
+
+    paths: list[list[int]]
+    tokens: list[list[int]]
+    logprobs: list[list[tuple[float, dict[int, float]]] | None]
+    hidden: dict[int, dict[int, Tensor]] = field(default_factory=dict)
+
+
+class Verifier(Protocol):
+    """Runs prompt chunks and trees through one forward of the target and settles them by its rule."""
+
+    target: PagedModel
+
+    def require(self, spec: TreeSpec) -> None:
+        """Raises ValueError where the rule would not be exact for such trees."""
+        ...
+
+    def new_cache(self, pool: PagePool) -> KVCache: ...
+
+    def verify(
+        self,
+        plan: Plan,
+        tree: TokenTree | None,
+        noise: Noise,
+        cache: KVCache,
+        feature_layers: tuple[int, ...],
+        times: StepTimes,
+    ) -> Verdict: ...

@@ -46,14 +46,20 @@ class SamplingParams:
             object.__setattr__(self, "stop", (self.stop,))
         checks = {
             # Logits over less than 1e-30 overflow float32, and a law of NaNs follows.
-            "temperature": (self.temperature == 0 or 1e-30 <= self.temperature < math.inf, "0 or a finite number > 1e-30"),
+            "temperature": (
+                self.temperature == 0 or 1e-30 <= self.temperature < math.inf,
+                "0 or a finite number > 1e-30",
+            ),
             "top_k": (self.top_k >= 0, "an integer >= 0 (0 switches it off)"),
             "top_p": (0 < self.top_p <= 1, "in (0, 1]"),
             "min_p": (0 <= self.min_p <= 1, "in [0, 1]"),
             "repetition_penalty": (self.repetition_penalty > 0, "a number > 0"),
             "presence_penalty": (math.isfinite(self.presence_penalty), "a finite number"),
             "frequency_penalty": (math.isfinite(self.frequency_penalty), "a finite number"),
-            "logit_bias": (all(t >= 0 and b < math.inf for t, b in self.logit_bias.items()), "token id -> number below inf"),
+            "logit_bias": (
+                all(t >= 0 and b < math.inf for t, b in self.logit_bias.items()),
+                "token id -> number below inf",
+            ),
             "max_new_tokens": (self.max_new_tokens >= 1, "an integer >= 1"),
             "stop": (all(self.stop), "non-empty strings"),
             "logprobs": (self.logprobs is None or self.logprobs >= 0, "None or an integer >= 0"),

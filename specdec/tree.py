@@ -269,8 +269,8 @@ class TokenTree:
         if laws is None:
             raise ValueError("stochastic draws need draft_laws_BNV, the laws they were drawn from")
         rows, draws = stochastic.nonzero(as_tuple=True)
-        nodes = self.draws_BM[rows, draws]
-        parents = self.parents_BN[rows, nodes]
+        reached = self.draws_BM[rows, draws]
+        parents = self.parents_BN[rows, reached]
         used = laws[rows, parents]
         tolerance = 1e-9 if laws.dtype == torch.float64 else 1e-4
         # Asked as "is it within", so that NaN is not.
@@ -281,7 +281,7 @@ class TokenTree:
                 f"row {int(rows[one])}: the draft law of node {int(parents[one])} has sum {float(used[one].sum())} "
                 f"and minimum {float(used[one].min())}; draft laws must be non-negative and sum to 1"
             )
-        tokens = self.tokens_BN[rows, nodes]
+        tokens = self.tokens_BN[rows, reached]
         impossible = used.gather(1, tokens[:, None]).squeeze(1) <= 0
         if bool(impossible.any()):
             one = int(impossible.nonzero()[0])

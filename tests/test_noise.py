@@ -60,9 +60,7 @@ def test_values_do_not_depend_on_the_batch(key: Key) -> None:
 def test_an_index_per_row_equals_one_index_each() -> None:
     rows, index = torch.tensor([4, 0, 2]), torch.tensor([9, 0, 3])
     got = _batch().uniform(RoundKey("accept", index), rows)
-    wanted = [
-        _batch().uniform(RoundKey("accept", int(i)), row[None]) for i, row in zip(index, rows, strict=True)
-    ]
+    wanted = [_batch().uniform(RoundKey("accept", int(i)), row[None]) for i, row in zip(index, rows, strict=True)]
     torch.testing.assert_close(got, torch.cat(wanted), rtol=0, atol=0)
 
 
@@ -74,9 +72,7 @@ def test_every_part_of_the_key_matters() -> None:
         for round_ in range(8)
         for index in range(8)
     ]
-    drawn += [
-        _one(seed, 0, position, PositionKey(0)) for seed in (0, 1, 2, -1, GOLDEN) for position in range(64)
-    ]
+    drawn += [_one(seed, 0, position, PositionKey(0)) for seed in (0, 1, 2, -1, GOLDEN) for position in range(64)]
     assert len(set(drawn)) == len(drawn)
 
 
@@ -150,9 +146,7 @@ def test_coins_refuse_position_keys() -> None:
 @pytest.mark.parametrize("u", [0.0, 0.5, 1 - 2.0**-53])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_certain_coins_are_certain(monkeypatch: pytest.MonkeyPatch, u: float, dtype: torch.dtype) -> None:
-    coins = _stub(monkeypatch, u).bernoulli(
-        torch.tensor([0.0, 1.0], dtype=dtype), RoundKey("accept", 0), _arange(2)
-    )
+    coins = _stub(monkeypatch, u).bernoulli(torch.tensor([0.0, 1.0], dtype=dtype), RoundKey("accept", 0), _arange(2))
     assert coins.tolist() == [False, True]
 
 
@@ -196,9 +190,9 @@ def test_extreme_uniforms_draw_possible_tokens(monkeypatch: pytest.MonkeyPatch, 
         last = _stub(monkeypatch, u).categorical(probs, key, rows)
         assert bool((probs.gather(1, last[:, None]) > 0).all())
         # Up to the resolution of u itself, nothing possible lies behind it.
-        behind = probs.double().flip(-1).cumsum(-1).flip(-1).gather(1, last[:, None]).squeeze(
-            1
-        ) / probs.double().sum(-1)
+        behind = probs.double().flip(-1).cumsum(-1).flip(-1).gather(1, last[:, None]).squeeze(1) / probs.double().sum(
+            -1
+        )
         assert bool((behind > 0).all())
 
 

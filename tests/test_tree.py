@@ -58,18 +58,12 @@ def test_valid_tree_is_accepted() -> None:
             _with("parents_BN", (0, 1), 2), r"row 0.*\[-1, 2, 0, 1\].*before their children", id="child-first"
         ),
         pytest.param(_with("parents_BN", (0, 2), 2), r"row 0.*\[-1, 0, 2, 1\]", id="own-parent"),
-        pytest.param(
-            _with("parents_BN", (1, 0), 0), r"row 1.*\[0, 0, 0, -1\].*-1 for root", id="root-with-parent"
-        ),
+        pytest.param(_with("parents_BN", (1, 0), 0), r"row 1.*\[0, 0, 0, -1\].*-1 for root", id="root-with-parent"),
         pytest.param(_with("parents_BN", (1, 2), -1), r"row 1.*\[-1, 0, -1, -1\]", id="second-root"),
-        pytest.param(
-            _with("parents_BN", (1, 3), 0), r"row 1.*\[-1, 0, 0, 0\].*padding", id="padding-with-parent"
-        ),
+        pytest.param(_with("parents_BN", (1, 3), 0), r"row 1.*\[-1, 0, 0, 0\].*padding", id="padding-with-parent"),
         pytest.param(_with("num_nodes_B", (1,), 0), r"num_nodes \[4, 0\].*1\.\.4", id="no-nodes"),
         pytest.param(_with("num_nodes_B", (0,), 5), r"num_nodes \[5, 3\].*1\.\.4", id="too-many-nodes"),
-        pytest.param(
-            _with("tokens_BN", (0, 3), VOCAB), "token 8 is outside the vocabulary of 8", id="token-too-large"
-        ),
+        pytest.param(_with("tokens_BN", (0, 3), VOCAB), "token 8 is outside the vocabulary of 8", id="token-too-large"),
         pytest.param(_with("tokens_BN", (1, 0), VOCAB), "token 8 is outside", id="root-too-large"),
         pytest.param(_with("tokens_BN", (0, 1), -2), "token -2 is outside", id="token-negative"),
         pytest.param(
@@ -86,9 +80,7 @@ def test_valid_tree_is_accepted() -> None:
         pytest.param(_with("draws_BM", (0, 3), 4), r"row 0.*\[1, 2, 1, 4\]", id="draw-beyond"),
         pytest.param(_with("draws_BM", (0, 2), 0), r"row 0.*\[1, 2, 0, 3\]", id="draw-names-root"),
         pytest.param(_with("draws_BM", (1, 3), -2), r"row 1.*\[2, 1, -1, -2\]", id="draw-below-padding"),
-        pytest.param(
-            _with("draws_BM", (1, 0), 1), "row 1: node 2 .*reached by at least one draw", id="unreached"
-        ),
+        pytest.param(_with("draws_BM", (1, 0), 1), "row 1: node 2 .*reached by at least one draw", id="unreached"),
         pytest.param(_with("kinds_BM", (0, 1), 7), "row 0.*kind 7", id="unknown-kind"),
         pytest.param(_with("tokens_BN", (0, 2), 1), "row 0: token 1 .*distinct", id="twin-nodes-iid"),
         pytest.param(
@@ -98,9 +90,7 @@ def test_valid_tree_is_accepted() -> None:
             "row 1: token 4 .*distinct",
             id="twin-nodes-without-replacement",
         ),
-        pytest.param(
-            _fixed(**_with("tokens_BN", (1, 2), 4)), "row 1: token 4 .*distinct", id="twin-nodes-fixed"
-        ),
+        pytest.param(_fixed(**_with("tokens_BN", (1, 2), 4)), "row 1: token 4 .*distinct", id="twin-nodes-fixed"),
         pytest.param(
             _with("kinds_BM", (0, 0), WITHOUT),
             "row 0: token 1 .*distinct",
@@ -109,9 +99,7 @@ def test_valid_tree_is_accepted() -> None:
         pytest.param(_with("kinds_BM", (0, 2), FIXED), "row 0: token 1 .*distinct", id="drawn-twice-fixed"),
         pytest.param({"draft_laws_BNV": None}, "need draft_laws_BNV", id="no-laws"),
         pytest.param(_with("draft_laws_BNV", (0, 0, 1), 0.3), "row 0.*node 0.*sum", id="law-too-heavy"),
-        pytest.param(
-            {"draft_laws_BNV": torch.tensor(LAW).repeat(2, 4, 1) * 0.999}, "sum", id="law-too-light"
-        ),
+        pytest.param({"draft_laws_BNV": torch.tensor(LAW).repeat(2, 4, 1) * 0.999}, "sum", id="law-too-light"),
         pytest.param(
             {"draft_laws_BNV": torch.tensor([-0.25, 0.5, 0.25, 0.25, 0.25, 0, 0, 0]).repeat(2, 4, 1)},
             "row 0.*non-negative",
@@ -123,19 +111,13 @@ def test_valid_tree_is_accepted() -> None:
             "row 0: drafted token 2 has probability zero",
             id="zero-at-drawn-token",
         ),
-        pytest.param(
-            {"draft_laws_BNV": torch.tensor(LAW).repeat(2, 3, 1)}, r"\(2, 3, 8\)", id="laws-shape-nodes"
-        ),
+        pytest.param({"draft_laws_BNV": torch.tensor(LAW).repeat(2, 3, 1)}, r"\(2, 3, 8\)", id="laws-shape-nodes"),
         pytest.param({"draft_laws_BNV": torch.tensor(LAW).repeat(2, 1)}, r"\(2, 8\)", id="laws-shape-flat"),
         pytest.param({"tokens_BN": torch.tensor([5, 1, 2, 3])}, r"tokens \(4,\)", id="tokens-flat"),
         pytest.param({"tokens_BN": torch.zeros(2, 0).long()}, r"tokens \(2, 0\).*N >= 1", id="no-root"),
-        pytest.param(
-            {"parents_BN": torch.tensor([[-1, 0], [-1, 0]])}, r"parents \(2, 2\)", id="parents-shape"
-        ),
+        pytest.param({"parents_BN": torch.tensor([[-1, 0], [-1, 0]])}, r"parents \(2, 2\)", id="parents-shape"),
         pytest.param({"num_nodes_B": torch.tensor([[4, 3]])}, r"num_nodes \(1, 2\)", id="num-nodes-shape"),
-        pytest.param(
-            {"kinds_BM": torch.full((2, 3), IID)}, r"draws \(2, 4\).*kinds \(2, 3\)", id="kinds-shape"
-        ),
+        pytest.param({"kinds_BM": torch.full((2, 3), IID)}, r"draws \(2, 4\).*kinds \(2, 3\)", id="kinds-shape"),
         pytest.param(
             {"draws_BM": torch.tensor([[1]]), "kinds_BM": torch.tensor([[1]])},
             r"draws \(1, 1\)",
@@ -250,9 +232,7 @@ def test_derived_values_equal_a_naive_walk(rows: list[Row]) -> None:
         assert tree.tokens_BN[b].tolist() == tokens + [0] * padding
         assert tree.is_node_BN[b].tolist() == [True] * len(parents) + [False] * padding
         assert tree.depth_BN[b].tolist() == [len(path) - 1 for path in paths] + [-1] * padding
-        wanted = [[m in path for m in range(tree.max_nodes)] for path in paths] + [
-            [False] * tree.max_nodes
-        ] * padding
+        wanted = [[m in path for m in range(tree.max_nodes)] for path in paths] + [[False] * tree.max_nodes] * padding
         assert tree.ancestors_BNN[b].tolist() == wanted
         assert [tree.path(node, b) for node in range(len(parents))] == paths
     drafted = any(len(tokens) > 1 for tokens, _ in rows)
@@ -269,17 +249,11 @@ def _random_sampled_tree(rng: random.Random, kind: DrawKind, batch: int) -> Toke
         for node in range(rng.randint(1, 5)):
             if node >= len(tokens):
                 break
-            law = torch.tensor(
-                [rng.random() if rng.random() < 0.7 else 0.0 for _ in range(VOCAB - 1)] + [0.1]
-            )
+            law = torch.tensor([rng.random() if rng.random() < 0.7 else 0.0 for _ in range(VOCAB - 1)] + [0.1])
             row_laws.append(law / law.sum())
             support = [token for token in range(VOCAB) if law[token] > 0]
             width = rng.randint(0, 3)
-            drawn = (
-                rng.choices(support, k=width)
-                if kind == IID
-                else rng.sample(support, min(width, len(support)))
-            )
+            drawn = rng.choices(support, k=width) if kind == IID else rng.sample(support, min(width, len(support)))
             children: dict[int, int] = {}
             for token in drawn:
                 if token not in children:
@@ -332,9 +306,7 @@ def _row(tree: TokenTree, row: int) -> TokenTree:
     count = int((tree.draws_BM[row] >= 0).sum())
     laws = None if tree.draft_laws_BNV is None else tree.draft_laws_BNV[at, :n]
     draws, kinds = tree.draws_BM[at, :count], tree.kinds_BM[at, :count]
-    return TokenTree(
-        tree.tokens_BN[at, :n], tree.parents_BN[at, :n], tree.num_nodes_B[at], draws, kinds, laws
-    )
+    return TokenTree(tree.tokens_BN[at, :n], tree.parents_BN[at, :n], tree.num_nodes_B[at], draws, kinds, laws)
 
 
 def test_concat_of_one_is_itself_and_mixes_kinds() -> None:
@@ -355,9 +327,7 @@ def test_a_duplicate_draw_is_no_chain() -> None:
         torch.tensor([[-1, 0, 1, 2], [-1, 0, 1, -1]]),
     )
     counts = torch.tensor([4, 3])
-    single = TokenTree(
-        tokens, parents, counts, torch.tensor([[1, 2, 3], [1, 2, -1]]), torch.full((2, 3), IID), laws
-    )
+    single = TokenTree(tokens, parents, counts, torch.tensor([[1, 2, 3], [1, 2, -1]]), torch.full((2, 3), IID), laws)
     assert single.spec.is_chain
     # Row 1 has room for a second draw of its last node, although no row has more draws than there are nodes.
     double = replace(single, draws_BM=torch.tensor([[1, 2, 3], [1, 2, 2]]))
@@ -369,6 +339,4 @@ def test_specs_name_the_kinds_that_occur() -> None:
     tree = TokenTree(**_fields(kinds_BM=kinds))
     assert tree.spec.kinds == {FIXED, IID, WITHOUT}
     # A padding draw's kind is no kind of the tree.
-    assert TokenTree(
-        **_fields(kinds_BM=torch.tensor([[IID] * 4, [IID, IID, WITHOUT, FIXED]]))
-    ).spec.kinds == {IID}
+    assert TokenTree(**_fields(kinds_BM=torch.tensor([[IID] * 4, [IID, IID, WITHOUT, FIXED]]))).spec.kinds == {IID}

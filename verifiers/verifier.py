@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
 
 import torch
 
-from specdec.interfaces import Acceptance, AcceptanceRule, Noise
+from specdec.interfaces import Acceptance, AcceptanceRule, Noise, Verdict
 from specdec.kv_cache import KVCache
 from specdec.metrics import StepTimes
 from specdec.model import PagedModel, Segment
@@ -17,21 +16,6 @@ from specdec.scheduler import Plan
 from specdec.sequence import Sequence, batch_sampling
 from specdec.tree import TokenTree, TreeSpec
 from specdec.verifiers.follow import Follow
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """What one step decided, a row per verifying sequence in tree order.
-
-    `paths` are the accepted node indices, root first; `tokens` the new final tokens, the extra one last; `logprobs` per
-    token where asked for, as `sampling.token_logprobs` gives them. `hidden` holds per computed sequence the asked-for
-    states of its chunk and accepted path.
-    """
-
-    paths: list[list[int]]
-    tokens: list[list[int]]
-    logprobs: list[list[tuple[float, dict[int, float]]] | None]
-    hidden: dict[int, dict[int, torch.Tensor]] = field(default_factory=dict)
 
 
 class Verifier:

@@ -1,0 +1,94 @@
+"""What an experiment runs: target, drafter, policy and rule, from their configs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from specdec.config import EngineConfig, SystemConfig, TargetConfig, build, describe
+from specdec.engine import Engine
+from specdec.interfaces import AcceptanceRule, Drafter, TreePolicy
+from specdec.loading import embedded_model_path
+from specdec.model import PagedModel
+from specdec.verifiers import Verifier
+
+
+@dataclass(frozen=True)
+class System:
+    """A drafter with its policy (None: plain decoding) and the rule, checked against each other.
+
+    `labels` are the fields of a result row that say what this is.
+    """
+
+    drafter: Drafter | None
+    policy: TreePolicy | None
+    rule: AcceptanceRule
+    labels: dict[str, Any]
+    allow_lossy: bool = False
+
+    def engine(self, target: PagedModel, config: EngineConfig) -> Engine:
+        verifier = Verifier(target, self.rule, allow_lossy=self.allow_lossy)
+        return Engine(
+            verifier,
+            self.drafter,
+            self.policy,
+            max_batch_size=config.max_batch_size,
+            prefill_chunk=config.prefill_chunk,
+            page_size=config.page_size,
+            num_pages=config.num_pages,
+        )
+
+
+def load_system(config: SystemConfig) -> System:
+    """Builds rule and policy, sees that they fit, then loads the drafter.
+
+    Raises ValueError where the rule would not be exact for the policy's trees, before any model is loaded.
+    """
+    rule = build(config.rule)
+    policy_config: Any = getattr(config.drafter, "policy", None)
+    policy = None if policy_config is None else build(policy_config)
+    if policy is not None and (reason := rule.accepts(policy.spec)):
+        raise ValueError(f"rule={rule.name} is not exact for drafter/policy={policy_config.label}: {reason}")
+    if not rule.lossless and not config.allow_lossy:
+        raise ValueError(f"rule={rule.name} is LOSSY: its output does not follow the target's law; allow_lossy=true")
+    labels = {
+        "drafter": _drafter_label(config),
+        "policy": "none" if policy is None else describe(policy_config),
+        "rule": rule.name,
+        "num_nodes": 1 if policy is None else policy.max_nodes,
+        "lossless": rule.lossless,
+    }
+    drafter = None if policy is None else build(config.drafter)
+    return System(drafter, policy, rule, labels, config.allow_lossy)
+
+
+def load_target(config: TargetConfig) -> PagedModel:
+    """Raises ValueError or OSError where the model is not found or cannot run over pages."""
+    path = config.path if config.path is not None else str(embedded_model_path())
+    return PagedModel.load(
+        path,
+        gguf_file=config.gguf_file,
+        dtype=config.dtype,
+        device=config.device,
+        self_check=config.self_check,
+    )
+
+
+def target_name(config: TargetConfig) -> str:
+    """What rows call the target: its name, or hub id, or the last part of a local path, never the path itself."""
+    if config.name is not None:
+        return config.name
+    return model_name(config.path if config.path is not None else str(embedded_model_path()))
+
+
+def model_name(path: str) -> str:
+    local = Path(path)
+    if not (local.exists() or local.is_absolute()):
+        return path
+    return local.stem if local.suffix == ".gguf" else local.resolve().name
+
+
+def _drafter_label(config: SystemConfig) -> str:
+    path = getattr(config.drafter, "path", None)
+    return config.drafter.label if path is None else f"{config.drafter.label}({model_name(path)})"

@@ -1,0 +1,65 @@
+"""Models that the tests share: tiny ones made here, and the embedded real one."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+VOCAB_SIZE = 97
+
+
+def make_tiny(seed: int = 0, noise: float = 0.0, architecture: str = "llama", **overrides: object):
+    """A random float32 model of two layers; `noise` perturbs it, so that a draft model agrees with its target often."""
+    settings = {
+        "vocab_size": VOCAB_SIZE,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+        "pad_token_id": None,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    } | overrides
+    generator = torch.Generator().manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(architecture, **settings)).float().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            fresh = torch.randn(parameter.shape, generator=generator)
+            parameter.copy_(fresh * 0.25 if parameter.ndim > 1 else 1 + 0.1 * fresh)
+        other = torch.Generator().manual_seed(seed + 1)
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=other), alpha=noise)
+    return model
+
+
+def make_tokenizer(with_chat: bool = True) -> PreTrainedTokenizerFast:
+    """One token per character, byte-level: every text has a spelling, and every token a text."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {"<unk>": 0, "<s>": 1, "</s>": 2} | {char: i + 3 for i, char in enumerate(alphabet)}
+    backend = Tokenizer(models.BPE(vocab=vocab, merges=[], unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+    if with_chat:
+        tokenizer.chat_template = "{% for m in messages %}<s>{{ m['content'] }}</s>{% endfor %}"
+    return tokenizer
+
+
+@pytest.fixture(scope="session")
+def tiny() -> Callable[..., object]:
+    return make_tiny
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    return make_tokenizer()
