@@ -9,12 +9,12 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from specdec.config import GenerateConfig, SystemConfig, build, sampling_params
+from specdec.config import GenerateConfig, build, sampling_params
 from specdec.engine import Engine
 from specdec.experiments.measurement import Measurement, decode, warm_up
 from specdec.experiments.prompts import check_chat, read_prompts, uses_chat, wrap
 from specdec.experiments.report import comparison_table
-from specdec.experiments.system import load_system, load_target, target_name
+from specdec.experiments.system import load_system, load_target, plain_system, target_name
 from specdec.provenance import device_name, provenance
 from specdec.request import Result, Token
 from specdec.sampling import SamplingParams
@@ -85,12 +85,7 @@ class _Session:
             "chat": chat,
         }
         engine = system.engine(target, config.engine)
-        plain = None
-        if config.compare:
-            # The rule has nothing to decide without drafts; follow draws what plain decoding draws.
-            plain = load_system(SystemConfig(rule=config.rule, allow_lossy=config.allow_lossy)).engine(
-                target, config.engine
-            )
+        plain = plain_system().engine(target, config.engine) if config.compare else None
         return _Session(config, prompts, params, tracker, engine, plain, chat, labels)
 
     def decode(self) -> None:

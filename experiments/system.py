@@ -11,7 +11,7 @@ from specdec.engine import Engine
 from specdec.interfaces import AcceptanceRule, Drafter, TreePolicy
 from specdec.loading import embedded_model_path
 from specdec.model import PagedModel
-from specdec.verifiers import Verifier
+from specdec.verifiers import Follow, Verifier
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,12 @@ def load_system(config: SystemConfig) -> System:
     }
     drafter = None if policy is None else build(config.drafter)
     return System(drafter, policy, rule, labels, config.allow_lossy)
+
+
+def plain_system() -> System:
+    """Plain decoding under `follow`, the rule whose drafts change no token of it."""
+    labels = {"drafter": "plain", "policy": "none", "rule": Follow.name, "num_nodes": 1, "lossless": Follow.lossless}
+    return System(None, None, Follow(), labels)
 
 
 def load_target(config: TargetConfig) -> PagedModel:

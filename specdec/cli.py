@@ -196,6 +196,12 @@ def _sentence(error: BaseException, words: list[str]) -> str:
         text = f"{message.partition(chr(10))[0].split(maxsplit=4)[-1]} lists several values: add -m to run each of them"
     elif isinstance(error, MissingMandatoryValue) and (found := re.search(r"full_key: (\S+)", message)):
         text = f"{found[1]} is missing: give {found[1]}=VALUE"
+    elif message.startswith("Config group override must be"):
+        word = next((word for word in words if _options(word.partition("=")[0])), "")
+        group = word.partition("=")[0]
+        text = f"{word} is unknown; choose one of {', '.join(_options(group))}"
+    elif isinstance(error, OmegaConfBaseException) and (found := re.search(r"full_key: (\S+)", message)):
+        text = f"{found[1]}: {message.partition(chr(10))[0]}"
     elif isinstance(error, FileNotFoundError) and error.filename is not None:
         text = f"no such file or folder: {error.filename}"
     else:
@@ -211,35 +217,28 @@ def _options(group: str) -> list[str]:
 def _unknown_key(key: str, words: list[str]) -> str:
     if _options(key):
         return f"{key} cannot be chosen here: another choice (drafter=none?) leaves no room for it"
-    keys = list(_valid_keys(words))
-    last = key.rpartition(".")[2].rpartition("/")[2]
-    near = [one for one in keys if last in re.split("[./]", one)[-1:]]
-    near += [one for one in difflib.get_close_matches(key, keys, n=3, cutoff=0.6) if one not in near]
-    if not near:
-        near = [one for one in keys if difflib.get_close_matches(last, re.split("[./]", one)[-1:], cutoff=0.7)]
+    choices = [w for w in words[1:] if (found := re.match(r"([\w/]+)=(\w+)$", w)) and found[2] in _options(found[1])]
+    keys = _valid_keys(words[0], choices)
+    if choices and key in _valid_keys(words[0], []):
+        return f"there is no {key} with {' '.join(choices)}"
+    last = re.split("[./]", key)[-1]
+    near = [one for one in keys if re.split("[./]", one)[-1] == last]
+    near += [one for one in difflib.get_close_matches(key, keys, n=3, cutoff=0.75) if one not in near]
+    near = near or [one for one in keys if difflib.get_close_matches(last, re.split("[./]", one)[-1:], cutoff=0.7)]
+    if near:
+        return f"unknown key {key!r}; did you mean {' or '.join(near[:3])}?"
     top = dict.fromkeys(one.partition(".")[0] for one in keys if "/" not in one)
-    return f"unknown key {key!r}" + (
-        f"; did you mean {' or '.join(near[:3])}?" if near else f"; known are {', '.join(top)}"
-    )
+    return f"unknown key {key!r}; known are {', '.join(top)}"
 
 
-def _valid_keys(words: list[str]) -> Iterator[str]:
-    """Every key of the experiment under the group choices in `words`, and every group."""
-    choices = [
-        word for word in words[1:] if (found := re.match(r"([\w/]+)=(\w+)$", word)) and found[2] in _options(found[1])
-    ]
-    with _composing():
-        config = hydra.compose(words[0], choices)
-    yield from _leaves(config, "")
-    root = Path(str(files(CONFIGS)))
-    yield from (str(path.relative_to(root)) for path in root.glob("**/") if path != root and "__" not in path.name)
-
-
-@contextmanager
-def _composing() -> Iterator[None]:
+def _valid_keys(experiment: str, choices: list[str]) -> list[str]:
+    """Every key of the experiment under the group choices, and every group."""
     register()
     with hydra.initialize_config_module(CONFIGS, version_base="1.3"):
-        yield
+        config = hydra.compose(experiment, choices)
+    root = Path(str(files(CONFIGS)))
+    groups = (path.relative_to(root).as_posix() for path in root.glob("**/") if path != root)
+    return [*_leaves(config, ""), *(group for group in groups if _options(group))]
 
 
 def _leaves(config: DictConfig, prefix: str) -> Iterator[str]:
@@ -252,7 +251,7 @@ def _leaves(config: DictConfig, prefix: str) -> Iterator[str]:
 
 def _meant(word: str, options: list[str]) -> str:
     near = difflib.get_close_matches(word, options, n=1)
-    return f", did you mean {near[0]!r}?" if near else ""
+    return f" (did you mean {near[0]!r}?)" if near else ""
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from specdec.sampling import SamplingParams
 class TargetConfig:
     """A model to load; `path` None is the embedded one. `name` is what result rows call it (None: from the path)."""
 
-    path: str | None = None
+    path: str | None = MISSING
     gguf_file: str | None = None
     name: str | None = None
     dtype: str = "auto"
