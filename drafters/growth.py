@@ -50,6 +50,11 @@ class Grown:
     tree: TokenTree
     expanded_BN: Tensor
 
+    @staticmethod
+    def within(limits_B: Tensor, tree: TokenTree, expanded_BN: Tensor) -> Grown:
+        """The nodes at a row's limit count as never run: nothing can follow them, so a drafter may skip them."""
+        return Grown(tree, torch.where(tree.depth_BN < limits_B[:, None], expanded_BN, -1))
+
 
 class FixedPolicy:
     """Base of the policies whose every node is chosen without chance."""
@@ -125,9 +130,9 @@ class Static(FixedPolicy):
         count_B = (self._depths[:nodes].to(device) <= limits[:, None]).sum(1)
         inside = torch.arange(nodes, device=device) < count_B[:, None]
         parents_BN = torch.where(inside, torch.tensor(self._parents[:nodes], device=device), -1)
-        expanded_BN = torch.where(inside, torch.tensor(self._expanded[:nodes], device=device), -1)
+        expanded_BN = torch.tensor(self._expanded[:nodes], device=device)
         tree = TokenTree.from_parents(torch.where(inside, tokens_BN, 0), parents_BN, count_B, draft.vocab_size)
-        return Grown(tree, expanded_BN)
+        return Grown.within(limits, tree, expanded_BN)
 
 
 class TopK(FixedPolicy):
@@ -193,4 +198,4 @@ class TopK(FixedPolicy):
         parents_BN = torch.cat([torch.full_like(root, -1), torch.where(valid, parent_node, -1)], 1)
         expanded_BN = torch.cat([torch.zeros_like(root), torch.where(valid, expanded.gather(1, at), -1)], 1)
         tree = TokenTree.from_parents(tokens_BN, parents_BN, 1 + valid.sum(1), draft.vocab_size)
-        return Grown(tree, expanded_BN)
+        return Grown.within(torch.tensor(draft.limits, device=keep.device), tree, expanded_BN)

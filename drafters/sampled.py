@@ -96,10 +96,11 @@ class Sampled:
                 remaining = remaining.scatter(2, token[..., None], 0.0)
                 total = remaining.sum(-1, keepdim=True)
                 remaining = torch.where(total > 0, remaining / total.clamp_min(torch.finfo(total.dtype).tiny), 0.0)
-        for j in range(fixed_BWf.shape[-1]):
-            token = fixed_BWf[..., j]
+        for j in range(num_fixed):
+            # Where the vocabulary is smaller than that, the last places stay empty.
+            token = fixed_BWf[..., min(j, vocab - 1)]
             tokens.append(token)
-            exists.append(live_BW & (laws_BWV.gather(2, token[..., None]).squeeze(2) > 0))
+            exists.append(live_BW & (laws_BWV.gather(2, token[..., None]).squeeze(2) > 0) & (j < vocab))
             reached.append(torch.full_like(token, num_sampled + j))
             kinds.append(DrawKind.FIXED)
         slots.add_level(first, torch.stack(tokens, 2), torch.stack(exists, 2), torch.stack(reached, 2), kinds)
@@ -182,7 +183,7 @@ class _Slots:
             laws,
             vocab_size=vocab_size,
         )
-        return Grown(tree, torch.where(inside & (order < expanded_slots), order, -1))
+        return Grown.within(self.limits, tree, torch.where(inside & (order < expanded_slots), order, -1))
 
 
 def _pack(keep_BS: Tensor, width: int) -> tuple[Tensor, Tensor]:

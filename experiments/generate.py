@@ -9,8 +9,9 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from specdec.config import GenerateConfig, build, sampling_params
+from specdec.config import GenerateConfig
 from specdec.engine import Engine
+from specdec.experiments.building import build, sampling_params
 from specdec.experiments.measurement import Measurement, decode, warm_up
 from specdec.experiments.prompts import check_chat, read_prompts, uses_chat, wrap
 from specdec.experiments.report import comparison_table

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from specdec.config import EngineConfig, SystemConfig, TargetConfig, build, describe
+from specdec.config import EngineConfig, SystemConfig, TargetConfig
 from specdec.engine import Engine
+from specdec.experiments.building import build, describe
 from specdec.interfaces import AcceptanceRule, Drafter, TreePolicy
 from specdec.loading import embedded_model_path
 from specdec.model import PagedModel
@@ -52,6 +53,8 @@ def load_system(config: SystemConfig) -> System:
         raise ValueError(f"rule={rule.name} is not exact for drafter/policy={policy_config.label}: {reason}")
     if not rule.lossless and not config.allow_lossy:
         raise ValueError(f"rule={rule.name} is LOSSY: its output does not follow the target's law; allow_lossy=true")
+    if getattr(config.drafter, "path", "") is None:
+        raise ValueError(f"drafter={config.drafter.label} needs a draft model: give draft=HUB_ID_OR_PATH")
     labels = {
         "drafter": _drafter_label(config),
         "policy": "none" if policy is None else describe(policy_config),

@@ -12,7 +12,6 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.resources import files
-from pathlib import Path
 from typing import Any
 
 import hydra
@@ -21,10 +20,9 @@ from hydra.errors import ConfigCompositionException, HydraException, MissingConf
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from specdec.config import register, to_typed
+from specdec.config import CONFIGS, compose, groups, keys, options, register, to_typed
 
-CONFIGS = "specdec.configs"
-FLAGS = ("-m", "--multirun", "-c", "--cfg", "-p", "--package", "--resolve", "--info", "-h", "--help", "--hydra-help")
+FLAGS = ("-m", "--multirun", "-c", "--cfg", "-p", "--package", "--resolve", "--info", "-h", "--help")
 # Keys whose value is a text as the shell hands it over; Hydra's quoting rules do not apply to them.
 TEXT_KEYS: tuple[str, ...] = (
     "prompt",
@@ -34,7 +32,7 @@ TEXT_KEYS: tuple[str, ...] = (
     "template",
     "output",
     "work_dir",
-    "assistant",
+    "draft",
 )
 TEXT_KEYS += tuple(f"{node}.{key}" for node in ("target", "drafter") for key in ("path", "gguf_file", "name"))
 USER_ERRORS = (ValueError, OSError, ImportError, HydraException, OmegaConfBaseException)
@@ -62,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
     except USER_ERRORS as error:
         if os.environ.get("SPECDEC_DEBUG") == "1":
             raise
-        print(f"specdec: error: {_sentence(error, words)}", file=sys.stderr)
+        print(f"specdec: error: {explain(error, words)}", file=sys.stderr)
         return 2
 
 
@@ -125,6 +123,9 @@ def _dispatch(words: list[str]) -> int:
         return 0
     if name not in known:
         raise ValueError(f"unknown experiment {name!r}{_meant(name, list(known))}; choose one of {', '.join(known)}")
+    if {"-h", "--help"} & set(rest):
+        _print_experiment_help(name, known[name])
+        return 0
     for word in rest:
         if word.startswith("-") and word.partition("=")[0] not in FLAGS:
             raise ValueError(f"unknown flag {word!r}; flags are {', '.join(FLAGS)}, everything else is key=value")
@@ -151,7 +152,7 @@ def _run_with_hydra(name: str, overrides: list[str], command: str) -> int:
         assert carrier.__cause__ is not None
         raise carrier.__cause__ from None
     except SystemExit as stop:
-        # --help and --cfg leave this way.
+        # --cfg and --info leave this way.
         return stop.code if isinstance(stop.code, int) else 0
     return max(statuses, default=0)
 
@@ -178,15 +179,23 @@ def _print_help(known: dict[str, str]) -> None:
     print("\n`specdec <experiment> --help` lists its options; -m runs every combination of comma-separated values.")
 
 
-def _sentence(error: BaseException, words: list[str]) -> str:
+def _print_experiment_help(name: str, line: str) -> None:
+    example = (files(CONFIGS) / f"{name}.yaml").read_text(encoding="utf-8").partition("\n")[0].lstrip("# ")
+    print(f"{line}\n\n  {example}\n\nChoose with group=option:\n")
+    for group, choices in groups().items():
+        print(f"  {group:<16}{', '.join(choices)}")
+    print(f"\nSet with key=value (defaults):\n\n{OmegaConf.to_yaml(compose(name, []))}")
+
+
+def explain(error: BaseException, words: list[str]) -> str:
     """What went wrong in one line, with what would be valid."""
     message, cause = str(error), error.__cause__
     if isinstance(error, OverrideParseException):
         text = f"cannot read {error.override!r}: write key=value, and quote a value that holds any of ,()[]{{}}:="
     elif isinstance(error, MissingConfigException) and (found := re.search(r"Could not find '(.*)/(.*)'", message)):
         group, option = found.groups()
-        options = _options(group)
-        text = f"{group}={option} is unknown{_meant(option, options)}; choose one of {', '.join(options)}"
+        choices = options(group)
+        text = f"{group}={option} is unknown{_meant(option, choices)}; choose one of {', '.join(choices)}"
     elif found := re.search(r"^Could not override '(.*?)'", message):
         text = _unknown_key(found[1], words)
     elif isinstance(error, ConfigCompositionException) and isinstance(cause, OmegaConfBaseException):
@@ -197,9 +206,9 @@ def _sentence(error: BaseException, words: list[str]) -> str:
     elif isinstance(error, MissingMandatoryValue) and (found := re.search(r"full_key: (\S+)", message)):
         text = f"{found[1]} is missing: give {found[1]}=VALUE"
     elif message.startswith("Config group override must be"):
-        word = next((word for word in words if _options(word.partition("=")[0])), "")
+        word = next((word for word in words if options(word.partition("=")[0])), "")
         group = word.partition("=")[0]
-        text = f"{word} is unknown; choose one of {', '.join(_options(group))}"
+        text = f"{word} is unknown; choose one of {', '.join(options(group))}"
     elif isinstance(error, OmegaConfBaseException) and (found := re.search(r"full_key: (\S+)", message)):
         text = f"{found[1]}: {message.partition(chr(10))[0]}"
     elif isinstance(error, FileNotFoundError) and error.filename is not None:
@@ -209,44 +218,21 @@ def _sentence(error: BaseException, words: list[str]) -> str:
     return " ".join(text.split())
 
 
-def _options(group: str) -> list[str]:
-    folder = Path(str(files(CONFIGS) / group))
-    return sorted(path.stem for path in folder.glob("*.yaml"))
-
-
 def _unknown_key(key: str, words: list[str]) -> str:
-    if _options(key):
+    if options(key):
         return f"{key} cannot be chosen here: another choice (drafter=none?) leaves no room for it"
-    choices = [w for w in words[1:] if (found := re.match(r"([\w/]+)=(\w+)$", w)) and found[2] in _options(found[1])]
-    keys = _valid_keys(words[0], choices)
-    if choices and key in _valid_keys(words[0], []):
+    choices = [w for w in words[1:] if (found := re.match(r"([\w/]+)=(\w+)$", w)) and found[2] in options(found[1])]
+    known = [*keys(compose(words[0], choices)), *groups()]
+    if choices and key in keys(compose(words[0], [])):
         return f"there is no {key} with {' '.join(choices)}"
     last = re.split("[./]", key)[-1]
-    near = [one for one in keys if re.split("[./]", one)[-1] == last]
-    near += [one for one in difflib.get_close_matches(key, keys, n=3, cutoff=0.75) if one not in near]
-    near = near or [one for one in keys if difflib.get_close_matches(last, re.split("[./]", one)[-1:], cutoff=0.7)]
+    near = [one for one in known if re.split("[./]", one)[-1] == last]
+    near += [one for one in difflib.get_close_matches(key, known, n=3, cutoff=0.75) if one not in near]
+    near = near or [one for one in known if difflib.get_close_matches(last, re.split("[./]", one)[-1:], cutoff=0.7)]
     if near:
         return f"unknown key {key!r}; did you mean {' or '.join(near[:3])}?"
-    top = dict.fromkeys(one.partition(".")[0] for one in keys if "/" not in one)
+    top = dict.fromkeys(one.partition(".")[0] for one in known if "/" not in one)
     return f"unknown key {key!r}; known are {', '.join(top)}"
-
-
-def _valid_keys(experiment: str, choices: list[str]) -> list[str]:
-    """Every key of the experiment under the group choices, and every group."""
-    register()
-    with hydra.initialize_config_module(CONFIGS, version_base="1.3"):
-        config = hydra.compose(experiment, choices)
-    root = Path(str(files(CONFIGS)))
-    groups = (path.relative_to(root).as_posix() for path in root.glob("**/") if path != root)
-    return [*_leaves(config, ""), *(group for group in groups if _options(group))]
-
-
-def _leaves(config: DictConfig, prefix: str) -> Iterator[str]:
-    for key, value in OmegaConf.to_container(config, resolve=False).items():  # type: ignore[union-attr]
-        if isinstance(value, dict):
-            yield from _leaves(OmegaConf.create(value), f"{prefix}{key!s}.")
-        elif key != "_target_":
-            yield f"{prefix}{key!s}"
 
 
 def _meant(word: str, options: list[str]) -> str:

@@ -1,16 +1,18 @@
-"""Typed configuration: the schemas that Hydra checks, and the way from a checked config to the library's arguments."""
+"""Typed configuration: the schemas that Hydra checks, and what a config may hold."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass
+from importlib.resources import files
+from pathlib import Path
 from typing import Any, ClassVar
 
+import hydra
 from hydra.core.config_store import ConfigStore
-from hydra.errors import InstantiationException
-from hydra.utils import instantiate
+from hydra.core.global_hydra import GlobalHydra
 from omegaconf import MISSING, DictConfig, OmegaConf
 
-from specdec.sampling import SamplingParams
+CONFIGS = "specdec.configs"
 
 
 @dataclass
@@ -88,7 +90,7 @@ class NGramConfig(DrafterConfig):
 class SmallModelConfig(DrafterConfig):
     label: ClassVar[str] = "small_model"
     _target_: str = MISSING
-    path: str = MISSING
+    path: str | None = None
     gguf_file: str | None = None
     dtype: str = "auto"
     device: str = "auto"
@@ -149,11 +151,13 @@ class WandbConfig(TrackingConfig):
 
 @dataclass
 class SystemConfig:
-    """What decodes: drafter (with its policy) and rule."""
+    """What decodes: drafter (with its policy) and rule. `draft` is the draft model's hub id or path, for whichever drafter
+    needs one: a sweep over drafters names it once."""
 
     drafter: DrafterConfig = field(default_factory=DrafterConfig)
     rule: RuleConfig = field(default_factory=RuleConfig)
     allow_lossy: bool = False
+    draft: str | None = None
 
 
 @dataclass
@@ -168,7 +172,7 @@ class PromptsConfig:
 
 
 @dataclass
-class RunConfig(PromptsConfig, SystemConfig):
+class RunConfig(PromptsConfig):
     """What every experiment that decodes has in common."""
 
     target: TargetConfig = field(default_factory=TargetConfig)
@@ -179,24 +183,33 @@ class RunConfig(PromptsConfig, SystemConfig):
 
 
 @dataclass
-class GenerateConfig(RunConfig):
+class GenerateConfig(SystemConfig, RunConfig):
     prompt: str | None = None
     compare: bool = False
 
 
 @dataclass
+class ContenderConfig(SystemConfig):
+    """One of the benchmark's systems; its drafter takes dtype and device from the target."""
+
+    target: TargetConfig = field(default_factory=TargetConfig)
+
+
+@dataclass
 class BenchmarkConfig(RunConfig):
-    """`drafter` and `rule` are the defaults of `systems`, whose items are overrides as one would give to `generate`."""
+    """`prompts` names the prompt set in rows (None: the file's name). An item of `systems` holds the overrides that one
+    would give to `generate`; `draft` is also the draft model of transformers' own assisted generation."""
 
     prompts: str | None = None
     systems: list[str] = MISSING
-    assistant: str | None = None
+    draft: str | None = None
     work_dir: str = MISSING
 
 
 SCHEMAS: dict[str, type] = {
     "generate": GenerateConfig,
     "benchmark": BenchmarkConfig,
+    "contender": ContenderConfig,
     "target": TargetConfig,
     "sampling": SamplingConfig,
     "engine": EngineConfig,
@@ -242,30 +255,34 @@ def _refuse_unknown(config: DictConfig, prefix: str) -> None:
             _refuse_unknown(child, f"{prefix}{key!s}.")
 
 
-def sampling_params(config: SamplingConfig) -> SamplingParams:
-    """Raises ValueError naming the value out of range."""
-    try:
-        bias = {int(token): float(value) for token, value in dict(config.logit_bias or {}).items()}
-    except (TypeError, ValueError):
-        raise ValueError(f"logit_bias={config.logit_bias!r} must be {{token id: number, ...}}") from None
-    values = {**asdict(config), "logit_bias": bias}
-    return SamplingParams(**{**values, "stop": tuple(config.stop), "stop_token_ids": tuple(config.stop_token_ids)})
+def options(group: str) -> list[str]:
+    """The options of a config group; none where there is no such group."""
+    folder = Path(str(files(CONFIGS) / group))
+    return sorted(path.stem for path in folder.glob("*.yaml"))
 
 
-def build(config: Any) -> Any:
-    """The object that a `_target_` node names, from the node's other values; a drafter's policy is built on its own.
-
-    Raises what the object's own constructor raises.
-    """
-    values = {key: value for key, value in asdict(config).items() if key != "policy"}
-    try:
-        return instantiate(values, _convert_="all")
-    except InstantiationException as error:
-        raise error.__cause__ or error from None
+def groups() -> dict[str, list[str]]:
+    """Every config group and its options."""
+    root = Path(str(files(CONFIGS)))
+    names = sorted(path.relative_to(root).as_posix() for path in root.glob("**/") if path != root)
+    return {name: found for name in names if (found := options(name))}
 
 
-def describe(config: Any) -> str:
-    """A policy or drafter in a word and its values, as result rows name it: `top_k(total=16, depth=5, k=4)`."""
-    skipped = ("_target_", "policy", "path", "gguf_file", "dtype", "device")
-    values = {key: value for key, value in asdict(config).items() if key not in skipped}
-    return f"{config.label}({', '.join(f'{key}={value}' for key, value in values.items())})" if values else config.label
+def compose(experiment: str, overrides: list[str]) -> DictConfig:
+    """The config of an experiment, inside or outside a run of Hydra's. Raises Hydra's errors."""
+    register()
+    if GlobalHydra.instance().is_initialized():
+        return hydra.compose(experiment, overrides)
+    with hydra.initialize_config_module(CONFIGS, version_base="1.3"):
+        return hydra.compose(experiment, overrides)
+
+
+def keys(config: DictConfig, prefix: str = "") -> list[str]:
+    """The dotted name of every value."""
+    found = []
+    for key, value in config.items_ex(resolve=False):
+        if isinstance(value, DictConfig) and isinstance(value._value(), dict):
+            found += keys(value, f"{prefix}{key!s}.")
+        elif key != "_target_":
+            found.append(f"{prefix}{key!s}")
+    return found

@@ -36,6 +36,8 @@ class JsonlTracker:
             self._file = self.path.open("a", encoding="utf-8")
         except OSError as error:
             raise ValueError(f"output={self.path} cannot be written: {error.strerror or error}") from error
+        if self._ends_inside_a_line():
+            self._file.write("\n")
 
     def start(self, config: Mapping[str, Any]) -> None:
         """A file of rows does not repeat the config; Hydra's run folder holds it."""
@@ -46,6 +48,10 @@ class JsonlTracker:
 
     def summary(self, values: Mapping[str, Any]) -> None:
         """Rows only: every number of a summary follows from them."""
+
+    def _ends_inside_a_line(self) -> bool:
+        content = self.path.read_bytes() if self.path.is_file() else b""
+        return bool(content) and not content.endswith(b"\n")
 
     def finish(self) -> None:
         """Closes the file; one that no row was written to is not left behind."""

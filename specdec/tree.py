@@ -240,8 +240,8 @@ class TokenTree:
         astray = (self.draws_BM < -1) | (self.draws_BM == 0) | (self.draws_BM >= self.num_nodes_B[:, None])
         if bool(astray.any()):
             row, _ = _first(astray)
-            draws = self.draws_BM[row].tolist()
-            raise ValueError(f"row {row}: draws {draws} must name drafted nodes (1..num_nodes-1) or be -1")
+            named = self.draws_BM[row].tolist()
+            raise ValueError(f"row {row}: draws {named} must name drafted nodes (1..num_nodes-1) or be -1")
         unknown = drawn & ((self.kinds_BM < min(DrawKind)) | (self.kinds_BM > max(DrawKind)))
         if bool(unknown.any()):
             row, draw = _first(unknown)

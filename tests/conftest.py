@@ -11,6 +11,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+# Tiny tensors only lose by threads, and lose badly where other processes want the cores.
+torch.set_num_threads(1)
+
 VOCAB_SIZE = 97
 
 

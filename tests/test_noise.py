@@ -225,6 +225,13 @@ def test_inversion_at_the_boundaries(monkeypatch: pytest.MonkeyPatch) -> None:
     ]
 
 
+def test_float32_laws_are_accumulated_in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    # In float32 1 + 2^-30 is 1, and the second token could not be drawn at all.
+    probs = torch.tensor([[1.0, 2.0**-30]])
+    assert _stub(monkeypatch, 1 - 2.0**-40).categorical(probs, PositionKey(0), _arange(1)).tolist() == [1]
+    assert _stub(monkeypatch, 1 - 2.0**-20).categorical(probs, PositionKey(0), _arange(1)).tolist() == [0]
+
+
 def test_one_hot_laws_draw_their_token() -> None:
     for token in (0, 3, 9):
         probs = torch.zeros(5, 10)

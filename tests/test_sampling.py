@@ -25,6 +25,7 @@ from specdec.sampling import (
     BatchSampling,
     ModelLaws,
     SamplingParams,
+    _top_p_cut,
     drafted_paths,
     log_confidence,
     token_logprobs,
@@ -231,6 +232,12 @@ def test_ties_at_a_cut_stay_together(params: dict[str, Any]) -> None:
     # So the order of the tokens has no say.
     order = torch.randperm(40, generator=torch.Generator().manual_seed(4))
     torch.testing.assert_close(_law(logits[:, order], SamplingParams(temperature=1.0, **params)), law[:, order])
+
+
+def test_top_p_stops_at_exactly_enough_mass() -> None:
+    probs = torch.tensor([[0.125, 0.5, 0.125, 0.25]])
+    for top_p, cut in ((0.25, 0.5), (0.5, 0.5), (0.5 + 1e-6, 0.25), (0.75, 0.25), (0.75 + 1e-6, 0.125), (1.0, 0.0)):
+        assert float(_top_p_cut(probs, torch.tensor([[top_p]]))) == cut
 
 
 def test_greedy_is_the_one_hot_law_of_the_processed_logits() -> None:

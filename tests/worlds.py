@@ -62,6 +62,12 @@ class World:
 
         return worst((), state, 1.0, 0.0)
 
+    def continued(self, kind: int, state: int, span: TokenSpan, length: int) -> dict[TokenSpan, float]:
+        """The law of `length` tokens that begin with `span`, the target's own behind it."""
+        span = span[:length]
+        behind = self.stopped_law(kind, self.walk(span, state), length - len(span))
+        return {span + rest: prob for rest, prob in behind.items()}
+
     def stopped_law(self, kind: int, state: int, length: int, stop: Iterable[int] = ()) -> dict[TokenSpan, float]:
         """The target's law of up to `length` tokens, ended by a stop token."""
         ends, done = set(stop), dict[TokenSpan, float]()
@@ -245,32 +251,30 @@ class ToyModel:
         self, segments: Seq[Segment], cache: KVCache, wanted_rows: Tensor | None = None, hidden_layers: Seq[int] = ()
     ) -> ForwardResult:
         keys = cache.layer(0)[0][:, 0, 0]
-        layouts = []
+        layouts, new = [], list[int]()
         for segment in segments:
-            tail = segment.positions_Q if segment.tail_positions_M is None else segment.tail_positions_M
-            end = segment.visible_len + len(tail)
-            slots = [segment.table.slot(position) for position in range(end)]
-            # One more than the token, so that 0 is a slot that nobody has written.
-            keys[slots[end - len(segment.token_ids_Q) :]] = segment.token_ids_Q.double() + 1
-            layouts.append((segment, slots, [*range(segment.visible_len), *tail.tolist()]))
-        written = keys.tolist()
+            own = segment.positions_Q.tolist()
+            tail = own if segment.tail_positions_M is None else segment.tail_positions_M.tolist()
+            slots = [segment.table.slot(position) for position in range(segment.visible_len + len(tail))]
+            new += slots[len(slots) - len(own) :]
+            layouts.append((segment, slots, own, [*range(segment.visible_len), *tail]))
+        # One more than the token, so that 0 is a slot that nobody has written.
+        keys[new] = torch.cat([segment.token_ids_Q for segment in segments]).double() + 1
+        written = keys.long().tolist()
         kinds, states = [], []
-        for segment, slots, positions in layouts:
-            count = len(segment.token_ids_Q)
-            for query in range(count):
-                seen = [*range(segment.visible_len)]
-                if segment.tail_mask_QM is None:
-                    seen += range(segment.visible_len, len(slots) - count + query + 1)
+        for segment, slots, own, positions in layouts:
+            mask = None if segment.tail_mask_QM is None else segment.tail_mask_QM.tolist()
+            for query, position in enumerate(own):
+                end = len(slots) - len(own) + query + 1
+                if mask is None:
+                    seen = [*range(end)]
                 else:
-                    seen += [
-                        segment.visible_len + i for i, sees in enumerate(segment.tail_mask_QM[query].tolist()) if sees
-                    ]
-                seen.sort(key=positions.__getitem__)
-                own = int(segment.positions_Q[query])
-                assert [positions[i] for i in seen] == list(range(own + 1)), (
-                    f"position {own} sees {seen} of {positions}"
-                )
-                tokens = [int(written[slots[i]]) - 1 for i in seen]
+                    seen = [i for i in range(end) if i < segment.visible_len or mask[query][i - segment.visible_len]]
+                    assert not any(mask[query][end - segment.visible_len :]), "a token sees one behind it"
+                    seen.sort(key=positions.__getitem__)
+                at = [positions[i] for i in seen]
+                assert at == [*range(position + 1)], f"a token at position {position} sees positions {at}"
+                tokens = [written[slots[i]] - 1 for i in seen]
                 assert min(tokens) >= 0, "a slot was read that nobody has written"
                 state = 0
                 for token in tokens[1:]:

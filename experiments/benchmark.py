@@ -1,0 +1,229 @@
+"""Measure tokens per second against plain decoding and transformers' own generation: same process, weights, prompts."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import statistics
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from specdec.config import BenchmarkConfig
+from specdec.experiments.building import build, sampling_params
+from specdec.experiments.contenders import (
+    PLAIN,
+    Contender,
+    Decoded,
+    SpecdecContender,
+    system_config,
+    transformers_contenders,
+)
+from specdec.experiments.prompts import check_chat, read_prompts, uses_chat, wrap
+from specdec.experiments.system import load_system, load_target, plain_system, target_name
+from specdec.model import PagedModel
+from specdec.provenance import device_name, provenance
+from specdec.request import encode
+from specdec.sampling import SamplingParams
+from specdec.tracking import JsonlTracker, Tracker
+
+
+def run(config: BenchmarkConfig, command: str) -> int:
+    """Decodes every prompt with every system, one after another, and appends one row per system to `output`.
+
+    Each measurement goes to raw.jsonl in `work_dir` at once; a restart with the same `work_dir` goes on from there.
+    Raises ValueError for what can be seen to be wrong before a model is loaded.
+    """
+    if config.prompt_file is None:
+        raise ValueError("prompt_file is missing: give prompt_file=FILE (.jsonl or .txt)")
+    texts = wrap(read_prompts(config.prompt_file, config.prompt_field, config.limit), config.template)
+    params = _check_params(config)
+    check_chat(config.chat)
+    systems = {overrides: system_config(overrides, config) for overrides in config.systems}
+    tracker: Tracker = build(config.tracking)
+    raw = _Raw(Path(config.work_dir) / "raw.jsonl")
+    try:
+        tracker.start({**asdict(config), "provenance": provenance(command)})
+        loaded = {overrides: load_system(system) for overrides, system in systems.items()}
+        target = load_target(config.target)
+        chat = uses_chat(config.chat, target.tokenizer)
+        prompts = [encode(target, text, chat) for text in texts]
+        contenders: list[Contender] = [
+            SpecdecContender(name, one.engine(target, config.engine), {"system": "specdec", **one.labels})
+            for name, one in {"specdec plain": plain_system(), **loaded}.items()
+        ]
+        contenders += transformers_contenders(target, config.draft, config.target)
+        common = _common_labels(config, target, chat, params)
+        decoded = _measure(contenders, prompts, params, raw, common)
+        rows = _rows(contenders, decoded, {**common, **provenance(command), "resumed_measurements": raw.num_resumed})
+        for row in rows:
+            tracker.row(row)
+        tracker.summary({row["name"]: row["tokens_per_s"] for row in rows})
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"measurements are in {raw.path}; go on with work_dir={config.work_dir}") from None
+    finally:
+        raw.finish()
+        tracker.finish()
+    Console(markup=False, highlight=False).print(_table(rows))
+    print(f"{len(rows)} rows in {tracker.path}", flush=True)
+    return 0
+
+
+class _Raw(JsonlTracker):
+    """Measurements by key, kept from one process to the next."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self._known: dict[str, Decoded] = {}
+        self.num_resumed = 0
+        for line in path.read_text(encoding="utf-8").splitlines():
+            # A process that was killed may have left half a line; what it measured is measured again.
+            with contextlib.suppress(json.JSONDecodeError):
+                row = json.loads(line)
+                self._known[row["key"]] = Decoded(**row["decoded"])
+
+    def get(self, key: str) -> Decoded | None:
+        found = self._known.get(key)
+        self.num_resumed += found is not None
+        return found
+
+    def put(self, key: str, name: str, prompt: int, decoded: Decoded) -> None:
+        self.row({"key": key, "name": name, "prompt": prompt, "decoded": asdict(decoded)})
+
+
+def _check_params(config: BenchmarkConfig) -> SamplingParams:
+    if config.engine.max_batch_size != 1:
+        raise ValueError(
+            f"engine.max_batch_size={config.engine.max_batch_size}: prompts are measured one at a time, it must be 1"
+        )
+    params = sampling_params(config.sampling)
+    greedy = SamplingParams(seed=params.seed, max_new_tokens=params.max_new_tokens, ignore_eos=params.ignore_eos)
+    if params != greedy:
+        raise ValueError("the benchmark is greedy: of sampling only max_new_tokens and ignore_eos may be set")
+    return replace(params, seed=params.with_seed())
+
+
+def _common_labels(config: BenchmarkConfig, target: PagedModel, chat: bool, params: SamplingParams) -> dict[str, Any]:
+    return {
+        "experiment": "benchmark",
+        "target": target_name(config.target),
+        "prompts": config.prompts or Path(config.prompt_file or "").stem,
+        "template": config.template,
+        "chat": chat,
+        "temperature": params.temperature,
+        "max_new_tokens": params.max_new_tokens,
+        "ignore_eos": params.ignore_eos,
+        "batch_size": 1,
+        "dtype": str(target.dtype).removeprefix("torch."),
+        "device": device_name(target.device),
+    }
+
+
+def _measure(
+    contenders: list[Contender],
+    prompts: list[list[int]],
+    params: SamplingParams,
+    raw: _Raw,
+    common: dict[str, Any],
+) -> dict[str, list[Decoded]]:
+    """Every contender's measurements, in the order of the prompts."""
+    decoded: dict[str, list[Decoded]] = {one.name: [] for one in contenders}
+    warm: set[str] = set()
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        task = progress.add_task("measurements", total=len(contenders) * len(prompts))
+        for number, prompt in enumerate(prompts):
+            # Nobody is always first, when the machine is cool, or always last.
+            start = number % len(contenders)
+            for one in contenders[start:] + contenders[:start]:
+                key = _key(one, prompt, common)
+                found = raw.get(key)
+                if found is None:
+                    if one.name not in warm:
+                        one.decode(prompt[:64], replace(params, max_new_tokens=min(16, params.max_new_tokens)))
+                        warm.add(one.name)
+                    found = one.decode(prompt, params)
+                    raw.put(key, one.name, number, found)
+                decoded[one.name].append(found)
+                progress.update(task, advance=1, description=one.name)
+    return decoded
+
+
+def _key(contender: Contender, prompt: list[int], common: dict[str, Any]) -> str:
+    text = json.dumps([contender.name, contender.labels, prompt, common], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _rows(
+    contenders: list[Contender], decoded: dict[str, list[Decoded]], common: dict[str, Any]
+) -> list[dict[str, Any]]:
+    plain = {one.labels["system"]: one.name for one in contenders if one.labels["drafter"] == PLAIN}
+    rows = []
+    for one in contenders:
+        runs, plain_runs = decoded[one.name], decoded[plain[one.labels["system"]]]
+        num_tokens = sum(len(run.token_ids) for run in runs)
+        tau = num_tokens / sum(run.num_target_forwards for run in runs)
+        speedup = _tokens_per_s(runs) / _tokens_per_s(plain_runs)
+        phases = {name: sum(run.phases[name] for run in runs) for name in runs[0].phases}
+        total = sum(phases.values())
+        rows.append(
+            {
+                "name": one.name,
+                **one.labels,
+                "num_prompts": len(runs),
+                "new_tokens": num_tokens,
+                "tau": tau,
+                "tokens_per_s": _tokens_per_s(runs),
+                "median_tokens_per_s": statistics.median(_tokens_per_s([run]) for run in runs),
+                "plain_tokens_per_s": _tokens_per_s(plain_runs),
+                "transformers_plain_tokens_per_s": _tokens_per_s(decoded[plain["transformers"]]),
+                "speedup": speedup,
+                "efficiency": speedup / tau,
+                "ttft_s": statistics.fmean(run.ttft_s for run in runs),
+                "same_text_as_plain": _share_equal(runs, plain_runs),
+                "same_text_as_transformers": _share_equal(runs, decoded[plain["transformers"]]),
+                **{f"{name}_share": seconds / total for name, seconds in phases.items()},
+                **common,
+            }
+        )
+    return rows
+
+
+def _share_equal(runs: list[Decoded], others: list[Decoded]) -> float:
+    """Share of the prompts with the same token ids."""
+    return sum(run.token_ids == other.token_ids for run, other in zip(runs, others, strict=True)) / len(runs)
+
+
+def _tokens_per_s(runs: list[Decoded]) -> float:
+    return sum(len(run.token_ids) for run in runs) / sum(run.seconds for run in runs)
+
+
+def _table(rows: list[dict[str, Any]]) -> Table:
+    first = rows[0]
+    title = f"{first['target']} ({first['dtype']}), {first['num_prompts']} prompts of {first['prompts']}"
+    table = Table(title=title, title_justify="left")
+    for name in ("system", "policy", "tokens/s", "speedup", "tau", "same text"):
+        table.add_column(name)
+    for row in rows:
+        table.add_row(
+            f"{row['system']} {row['drafter']}",
+            row["policy"],
+            f"{row['tokens_per_s']:.1f}",
+            f"{row['speedup']:.2f}x",
+            f"{row['tau']:.2f}",
+            f"{row['same_text_as_plain']:.0%}",
+        )
+    return table
+
+
+if __name__ == "__main__":
+    from specdec.cli import main
+
+    sys.exit(main(["benchmark", *sys.argv[1:]]))

