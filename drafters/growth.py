@@ -53,7 +53,8 @@ class Grown:
     @staticmethod
     def within(limits_B: Tensor, tree: TokenTree, expanded_BN: Tensor) -> Grown:
         """The nodes at a row's limit count as never run: nothing can follow them, so a drafter may skip them."""
-        return Grown(tree, torch.where(tree.depth_BN < limits_B[:, None], expanded_BN, -1))
+        was_run = tree.is_node_BN & (tree.depth_BN < limits_B[:, None])
+        return Grown(tree, torch.where(was_run, expanded_BN, -1))
 
 
 class FixedPolicy:
@@ -196,6 +197,6 @@ class TopK(FixedPolicy):
         root = draft.roots_B[:, None]
         tokens_BN = torch.cat([root, torch.where(valid, tokens.gather(1, at), 0)], 1)
         parents_BN = torch.cat([torch.full_like(root, -1), torch.where(valid, parent_node, -1)], 1)
-        expanded_BN = torch.cat([torch.zeros_like(root), torch.where(valid, expanded.gather(1, at), -1)], 1)
+        expanded_BN = torch.cat([torch.zeros_like(root), expanded.gather(1, at)], 1)
         tree = TokenTree.from_parents(tokens_BN, parents_BN, 1 + valid.sum(1), draft.vocab_size)
         return Grown.within(torch.tensor(draft.limits, device=keep.device), tree, expanded_BN)

@@ -183,7 +183,7 @@ class _Slots:
             laws,
             vocab_size=vocab_size,
         )
-        return Grown.within(self.limits, tree, torch.where(inside & (order < expanded_slots), order, -1))
+        return Grown.within(self.limits, tree, torch.where(order < expanded_slots, order, -1))
 
 
 def _pack(keep_BS: Tensor, width: int) -> tuple[Tensor, Tensor]:

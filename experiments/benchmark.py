@@ -66,12 +66,14 @@ def run(config: BenchmarkConfig, command: str) -> int:
             tracker.row(row)
         tracker.summary({row["name"]: row["tokens_per_s"] for row in rows})
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"measurements are in {raw.path}; go on with work_dir={config.work_dir}") from None
+        raise KeyboardInterrupt(
+            f"measurements are in {raw.shown_path}; go on with work_dir={config.work_dir}"
+        ) from None
     finally:
         raw.finish()
         tracker.finish()
     Console(markup=False, highlight=False).print(_table(rows))
-    print(f"{len(rows)} rows in {tracker.path}", flush=True)
+    print(f"{len(rows)} rows in {tracker.shown_path}", flush=True)
     return 0
 
 

@@ -39,7 +39,7 @@ def run(config: GenerateConfig, command: str) -> int:
         session.decode()
         session.report()
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"finished rows are in {tracker.path}") from None
+        raise KeyboardInterrupt(f"finished rows are in {tracker.shown_path}") from None
     finally:
         tracker.finish()
     return 0
@@ -166,7 +166,7 @@ class _Session:
         Console(markup=False, highlight=False).print(
             comparison_table(self.labels, self.speculative_cost, plain, self.pairs)
         )
-        print(f"{self.num_rows} {'row' if self.num_rows == 1 else 'rows'} in {self.tracker.path}", flush=True)
+        print(f"{self.num_rows} {'row' if self.num_rows == 1 else 'rows'} in {self.tracker.shown_path}", flush=True)
         cost = self.speculative_cost
         summary = {"tau": cost.tau, "tokens_per_s": cost.tokens_per_s, "ttft_s": cost.mean_ttft_s}
         if plain is not None:

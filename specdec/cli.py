@@ -22,7 +22,8 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from specdec.config import CONFIGS, compose, groups, keys, options, register, to_typed
 
-FLAGS = ("-m", "--multirun", "-c", "--cfg", "-p", "--package", "--resolve", "--info", "-h", "--help")
+FLAGS = ("-m", "--multirun", "-c", "--cfg", "-p", "--package", "--resolve", "-h", "--help")
+FLAGS_WITH_VALUE = ("-c", "--cfg", "-p", "--package")
 # Keys whose value is a text as the shell hands it over; Hydra's quoting rules do not apply to them.
 TEXT_KEYS: tuple[str, ...] = (
     "prompt",
@@ -126,10 +127,18 @@ def _dispatch(words: list[str]) -> int:
     if {"-h", "--help"} & set(rest):
         _print_experiment_help(name, known[name])
         return 0
-    for word in rest:
-        if word.startswith("-") and word.partition("=")[0] not in FLAGS:
+    # Hydra wants its flags together; a command line may have them anywhere.
+    flags, overrides = [], []
+    remaining = iter(rest)
+    for word in remaining:
+        if not word.startswith("-"):
+            overrides.append(word)
+            continue
+        flags.append(word)
+        if word.partition("=")[0] not in FLAGS:
             raise ValueError(f"unknown flag {word!r}; flags are {', '.join(FLAGS)}, everything else is key=value")
-    return _run_with_hydra(name, quote_words(rest), shlex.join(["specdec", *words]))
+        flags += [next(remaining, "")] if word in FLAGS_WITH_VALUE else []
+    return _run_with_hydra(name, quote_words([*flags, *overrides]), shlex.join(["specdec", *words]))
 
 
 def _run_with_hydra(name: str, overrides: list[str], command: str) -> int:
@@ -152,7 +161,7 @@ def _run_with_hydra(name: str, overrides: list[str], command: str) -> int:
         assert carrier.__cause__ is not None
         raise carrier.__cause__ from None
     except SystemExit as stop:
-        # --cfg and --info leave this way.
+        # --cfg leaves this way.
         return stop.code if isinstance(stop.code, int) else 0
     return max(statuses, default=0)
 

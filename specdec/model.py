@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from specdec.attention import ATTENTION_NAME, TreeContext, UnsupportedModelError, register
 from specdec.interfaces import ForwardResult
@@ -53,7 +53,7 @@ class PagedModel:
         config = model.config.get_text_config(decoder=True)
         self.num_layers: int = config.num_hidden_layers
         self.hidden_size: int = config.hidden_size
-        self.max_positions: int | None = getattr(config, "max_position_embeddings", None)
+        self.max_positions = _position_limit(config)
         self._takes_rows = "logits_to_keep" in inspect.signature(type(model).forward).parameters
         try:
             model.set_attn_implementation(ATTENTION_NAME)
@@ -146,6 +146,20 @@ class PagedModel:
                 f"with transformers, so they cannot be served from pages; choose a model that does"
             )
         return [context.shapes[layer] for layer in range(self.num_layers)], result.logits_RV.shape[-1]
+
+
+def _position_limit(config: PreTrainedConfig) -> int | None:
+    """Positions that the model can take; None where it does not say.
+
+    Long RoPE turns every token of a forward to other frequencies as soon as one lies past the original length: keys in
+    the cache would no longer fit, and one long sequence would change its batch mates. So it ends there.
+    """
+    limits = [getattr(config, "max_position_embeddings", None)]
+    ropes = getattr(config, "rope_parameters", None) or {}
+    for rope in (ropes, *(value for value in ropes.values() if isinstance(value, dict))):
+        if rope.get("rope_type") == "longrope":
+            limits.append(rope.get("original_max_position_embeddings"))
+    return min((limit for limit in limits if limit is not None), default=None)
 
 
 def plan_attention(segments: Seq[Segment], device: torch.device) -> AttentionPlan:

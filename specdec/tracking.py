@@ -15,6 +15,9 @@ class Tracker(Protocol):
 
     path: Path
 
+    @property
+    def shown_path(self) -> str: ...
+
     def start(self, config: Mapping[str, Any]) -> None: ...
 
     def row(self, row: Mapping[str, Any]) -> None: ...
@@ -38,6 +41,12 @@ class JsonlTracker:
             raise ValueError(f"output={self.path} cannot be written: {error.strerror or error}") from error
         if self._ends_inside_a_line():
             self._file.write("\n")
+
+    @property
+    def shown_path(self) -> str:
+        """The path as a reader of the terminal wants it: relative where it lies below the working directory."""
+        path = self.path.absolute()
+        return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
 
     def start(self, config: Mapping[str, Any]) -> None:
         """A file of rows does not repeat the config; Hydra's run folder holds it."""

@@ -81,9 +81,12 @@ def test_every_rule_has_a_config_that_builds_it(name: str) -> None:
 
 
 def test_every_tracker_builds(tmp_path: Path) -> None:
-    path = f"output={tmp_path / 'rows.jsonl'}"
-    assert type(build(compose("generate", "tracking=jsonl", path).tracking)) is JsonlTracker
-    assert type(build(compose("generate", "tracking=wandb", "tracking.dir=.", path).tracking)) is WandbTracker
+    for option, kind in {"jsonl": JsonlTracker, "wandb": WandbTracker}.items():
+        extra = ["tracking.dir=."] if option == "wandb" else []
+        tracker = build(compose("generate", f"tracking={option}", f"output={tmp_path / 'rows.jsonl'}", *extra).tracking)
+        assert type(tracker) is kind
+        tracker.finish()
+    assert not list(tmp_path.iterdir())
 
 
 def test_schemas_name_what_the_library_takes() -> None:
@@ -127,7 +130,7 @@ def test_misspelt_keys_and_wrong_types_are_refused(override: str) -> None:
 
 @pytest.mark.parametrize("override", ["+extra=1", "+sampling.extra=1", "+drafter.policy.extra=1"])
 def test_keys_forced_in_are_refused(override: str) -> None:
-    with pytest.raises(ValueError, match="unknown key .*extra"):
+    with pytest.raises(ValueError, match=r"unknown key .*extra"):
         compose("generate", override)
 
 

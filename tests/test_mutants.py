@@ -86,9 +86,9 @@ def in_generations(rule: AcceptanceRule, policy: TreePolicy, length: int) -> Che
     def joint_error() -> float:
         coins = World.tree(2, length + 4).select("independent", "close")
         params = SamplingParams(temperature=1.0, max_new_tokens=2)
-        (law,) = engine_laws(coins, rule, policy, [((0,), (1, 0))], params, max_batch=1)
+        (law,) = engine_laws(coins, rule, policy, [((0,), (1,))], params, max_batch=1)
         spans = law_of((prob, (one, other)) for ((one, _), (other, _)), prob in law.items())
-        return distance(spans, product_law(coins.stopped_law(0, 0, 2), coins.stopped_law(1, 1, 2)))
+        return distance(spans, product_law(coins.stopped_law(0, 0, 2), coins.stopped_law(1, 0, 2)))
 
     return Check("law", partial(generation_error, world, rule, policy, length), joint_error)
 

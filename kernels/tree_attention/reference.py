@@ -70,11 +70,12 @@ def _explicit(
     scores = (query_GQE @ key_GKE.transpose(1, 2)) * scaling
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
-    scores = scores.float()
+    # Softmax in float32 at least, as models do it.
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
     if mask_QK is not None:
         scores = scores.masked_fill(~mask_QK, -torch.inf)
     if sinks_GQ1 is not None:
-        scores = torch.cat([scores, sinks_GQ1.float()], -1)
+        scores = torch.cat([scores, sinks_GQ1.to(scores.dtype)], -1)
     weights = scores.softmax(-1)
     if sinks_GQ1 is not None:
         weights = weights[..., :-1]
