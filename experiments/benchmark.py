@@ -47,6 +47,7 @@ def run(config: BenchmarkConfig, command: str) -> int:
     check_chat(config.chat)
     systems = {overrides: system_config(overrides, config) for overrides in config.systems}
     tracker: Tracker = build(config.tracking)
+    Path(config.work_dir).mkdir(parents=True, exist_ok=True)
     raw = _Raw(Path(config.work_dir) / "raw.jsonl")
     try:
         tracker.start({**asdict(config), "provenance": provenance(command)})

@@ -62,6 +62,8 @@ class PagePool:
 
     def grow(self, num_pages: int) -> None:
         """Makes the pool hold `num_pages` pages; never fewer than now."""
+        if num_pages <= self.num_pages:
+            return
         for page in range(self.num_pages, num_pages):
             self._references.append(0)
             heapq.heappush(self._free, page)

@@ -130,8 +130,8 @@ def _num_layers_to_keep(model: PreTrainedModel, text: PreTrainedConfig) -> int:
     """Length of the shortest prefix, at least two, that holds every kind of layer."""
     num_layers: int = text.num_hidden_layers
     listed = [list(map(str, v)) for v in vars(text).values() if isinstance(v, list | tuple) and len(v) == num_layers]
-    # A list whose values all differ (a width per layer) names no kinds.
-    listed = [values for values in listed if len(set(values)) <= 4]
+    # Names, flags and few numbers are kinds; fractions and a width for every layer are not.
+    listed = [values for values in listed if len(set(values)) <= 4 and not any("." in value for value in values)]
     # Layers that borrow keys come last and are repeated behind the prefix, so the lists must say it all.
     wanted = set() if getattr(text, "num_kv_shared_layers", 0) else layer_kinds(model)
     for keep in range(2, num_layers):

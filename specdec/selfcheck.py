@@ -23,8 +23,11 @@ from specdec.pages import PagePool, PageTable
 from specdec.reduction import SEED, attention_reaches, reduced_copies
 from specdec.tree import TokenTree
 
-# In units of the logits' standard deviation: float32 rounding stays near 1e-5, the smallest wrong term is above 1e-2.
+# In units of the logits' standard deviation. Float32 rounding stays near 1e-5 (Gemma-3n: 1e-3); every fault that the
+# tests plant is above 0.3.
 TOLERANCE = 3e-4
+NOISE_FACTOR = 5
+MAX_TOLERANCE = 0.1
 _PROMPT_LENS = (17, 9)
 _TREES = ([-1, 0, 0, 0, 1, 1, 2, 4, 4, 7], [-1, 0, 1, 1, 2, 0, 5, 6])
 _ACCEPTED = [0, 1, 5]
@@ -54,12 +57,12 @@ def self_check(model: PagedModel) -> None:
 
 
 def _check_copy(model: PagedModel, small: PreTrainedModel) -> None:
-    worst = _deviation(_over_pages(model, small))
-    if worst > TOLERANCE and (again := next((c for c in reduced_copies(model.model, SEED + 1) if _runs(c)), None)):
+    worst, allowed = _compare(PagedModel(small, name=model.name), TOLERANCE)
+    if worst > allowed and (again := next((c for c in reduced_copies(model.model, SEED + 1) if _runs(c)), None)):
         # Rounding can flip a hard choice inside a model (routing); a wrong attention is wrong for every seed.
-        worst = min(worst, _deviation(_over_pages(model, again)))
-    if worst > TOLERANCE:
-        raise _refusal(model, worst, f"in a reduced random copy, {TOLERANCE:g} allowed")
+        worst, allowed = _compare(PagedModel(again, name=model.name), TOLERANCE)
+    if worst > allowed:
+        raise _refusal(model, worst, f"in a reduced random copy, {allowed:.0e} allowed")
 
 
 def _check_itself(model: PagedModel) -> None:
@@ -72,18 +75,9 @@ def _check_itself(model: PagedModel) -> None:
             f"{model.name}: {type(model.model).__name__} cannot be checked: no reduced copy can be built and {reason}; "
             f"it is refused rather than run wrong (self_check=False runs it at your own risk)"
         )
-    paths, over_pages = _packed(model)
-    with _restored(model.model):
-        plain = _plain(model.model, paths, "eager")
-        spread = float(plain.std())
-        others = [_plain(model.model, [path], "eager") for path in paths]
-        noise = _worst(torch.cat(others), plain)
-        with suppress(ValueError, ImportError):
-            noise = max(noise, _worst(_plain(model.model, paths, "sdpa"), plain))
-    allowed = max(4 * noise, 4 * torch.finfo(model.dtype).eps * spread)
-    worst = _worst(over_pages, plain)
-    if not worst <= allowed:
-        raise _refusal(model, worst / spread, f"{allowed / spread:.1e} allowed by the model's own noise")
+    worst, allowed = _compare(model, 4 * torch.finfo(model.dtype).eps)
+    if worst > allowed:
+        raise _refusal(model, worst, f"{allowed:.0e} allowed by its own noise")
 
 
 def _refusal(model: PagedModel, worst: float, allowed: str) -> UnsupportedModelError:
@@ -93,22 +87,31 @@ def _refusal(model: PagedModel, worst: float, allowed: str) -> UnsupportedModelE
     )
 
 
-def _over_pages(model: PagedModel, small: PreTrainedModel) -> PagedModel:
-    """The copy over pages. Raises UnsupportedModelError in the name of the model that it stands for."""
-    return PagedModel(small, name=model.name)
+def _compare(paged: PagedModel, tolerance: float) -> tuple[float, float]:
+    """Worst difference from plain transformers over all packed tokens, inf for NaN, and what is allowed.
 
-
-def _deviation(paged: PagedModel) -> float:
-    """Worst difference from plain transformers over every packed token, in units of the logits' spread; inf for NaN."""
+    Both in units of the logits' spread. Allowed is `tolerance` or, where the model's own rounding exceeds it, a small
+    multiple of that.
+    """
+    model = paged.model
     try:
         paths, over_pages = _packed(paged)
     except UnsupportedModelError:
         raise
     except Exception as error:
-        name = type(paged.model).__name__
+        name = type(model).__name__
         raise UnsupportedModelError(f"{paged.name}: {name} cannot run over pages ({error})") from error
-    plain = _plain(paged.model, paths, "eager")
-    return _worst(over_pages, plain) / float(plain.std())
+    with _restored(model):
+        plain = _plain(model, paths, "eager")
+        spread = float(plain.std())
+        worst = _worst(over_pages, plain) / spread
+        if worst <= tolerance:
+            return worst, tolerance
+        # A token alone on its path, and the same under another implementation: equal but for rounding.
+        noise = _worst(torch.cat([_plain(model, [path], "eager") for path in paths]), plain) / spread
+        with suppress(ValueError, ImportError):
+            noise = max(noise, _worst(_plain(model, paths, "sdpa"), plain) / spread)
+    return worst, max(tolerance, min(NOISE_FACTOR * noise, MAX_TOLERANCE))
 
 
 def _worst(found: Tensor, wanted: Tensor) -> float:

@@ -38,7 +38,7 @@ class JsonlTracker:
         try:
             self._file = self.path.open("a", encoding="utf-8")
         except OSError as error:
-            raise ValueError(f"output={self.path} cannot be written: {error.strerror or error}") from error
+            raise ValueError(f"cannot write rows to {self.path}: {error.strerror or error}") from error
         if self._ends_inside_a_line():
             self._file.write("\n")
 

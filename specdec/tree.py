@@ -4,37 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
-from enum import IntEnum
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
-
-class DrawKind(IntEnum):
-    """How a drafted child came to be: without chance, or as one of several draws of its parent's draft law."""
-
-    FIXED = 0
-    IID = 1
-    WITHOUT_REPLACEMENT = 2
-
-
-@dataclass(frozen=True)
-class TreeSpec:
-    """What an acceptance rule must know about trees to say whether it is exact for them.
-
-    `kinds` are the draw kinds that can occur; `is_chain`: every node has at most one child and one draw; `has_laws`:
-    stochastic draws come with their law; `adapted`: whether a child exists was decided before it was drawn.
-    """
-
-    kinds: frozenset[DrawKind]
-    is_chain: bool
-    has_laws: bool = True
-    adapted: bool = True
-
-    @property
-    def is_sampled(self) -> bool:
-        return bool(self.kinds - {DrawKind.FIXED})
+from specdec.draws import DrawKind as DrawKind
+from specdec.draws import TreeSpec as TreeSpec
+from specdec.tree_checks import check_tree
 
 
 @dataclass(frozen=True)
@@ -58,7 +35,7 @@ class TokenTree:
     vocab_size: int | None = None
 
     def __post_init__(self) -> None:
-        self._check()
+        check_tree(self)
 
     @property
     def batch_size(self) -> int:
@@ -203,107 +180,6 @@ class TokenTree:
             all(tree.adapted for tree in trees),
             next((tree.vocab_size for tree in trees if tree.vocab_size is not None), None),
         )
-
-    def _check(self) -> None:
-        batch, nodes = self.tokens_BN.shape if self.tokens_BN.ndim == 2 else (0, 0)
-        if nodes < 1 or self.parents_BN.shape != (batch, nodes) or self.num_nodes_B.shape != (batch,):
-            raise ValueError(
-                f"tokens {tuple(self.tokens_BN.shape)}, parents {tuple(self.parents_BN.shape)} and num_nodes "
-                f"{tuple(self.num_nodes_B.shape)} must be [B, N], [B, N] and [B] with N >= 1"
-            )
-        if self.draws_BM.ndim != 2 or self.draws_BM.shape != self.kinds_BM.shape or self.draws_BM.shape[0] != batch:
-            raise ValueError(
-                f"draws {tuple(self.draws_BM.shape)} and kinds {tuple(self.kinds_BM.shape)} must both be [B, M]"
-            )
-        laws = self.draft_laws_BNV
-        if laws is not None and (laws.ndim != 3 or laws.shape[:2] != (batch, nodes)):
-            raise ValueError(f"draft laws {tuple(laws.shape)} must be [B, N, V] for tokens {(batch, nodes)}")
-        index = torch.arange(nodes, device=self.device)
-        inside, parents = self.is_node_BN, self.parents_BN
-        if not bool(((self.num_nodes_B >= 1) & (self.num_nodes_B <= nodes)).all()):
-            raise ValueError(f"num_nodes {self.num_nodes_B.tolist()} must lie in 1..{nodes}")
-        expected = torch.where(inside & (index > 0), (parents >= 0) & (parents < index), parents == -1)
-        if not bool(expected.all()):
-            row, _ = _first(~expected)
-            raise ValueError(
-                f"row {row}: parents {parents[row].tolist()} must come before their children, -1 for root and padding"
-            )
-        vocab = self.vocab_size if laws is None else laws.shape[-1]
-        outside = (self.tokens_BN < 0) if vocab is None else (self.tokens_BN < 0) | (self.tokens_BN >= vocab)
-        if bool((outside & inside).any()):
-            raise ValueError(f"token {int(self.tokens_BN[outside & inside][0])} is outside the vocabulary of {vocab}")
-        if nodes > 1 or self.draws_BM.numel():
-            self._check_draws()
-
-    def _check_draws(self) -> None:
-        drawn = self.draws_BM >= 0
-        astray = (self.draws_BM < -1) | (self.draws_BM == 0) | (self.draws_BM >= self.num_nodes_B[:, None])
-        if bool(astray.any()):
-            row, _ = _first(astray)
-            named = self.draws_BM[row].tolist()
-            raise ValueError(f"row {row}: draws {named} must name drafted nodes (1..num_nodes-1) or be -1")
-        unknown = drawn & ((self.kinds_BM < min(DrawKind)) | (self.kinds_BM > max(DrawKind)))
-        if bool(unknown.any()):
-            row, draw = _first(unknown)
-            raise ValueError(f"row {row}: draw {draw} has kind {int(self.kinds_BM[row, draw])}, which is no DrawKind")
-        at = self.draws_BM.clamp_min(0)
-        count = torch.zeros_like(self.tokens_BN).scatter_add_(1, at, drawn.long())
-        unreached = self.is_node_BN[:, 1:] & (count[:, 1:] == 0)
-        if bool(unreached.any()):
-            row, node = _first(unreached)
-            raise ValueError(f"row {row}: node {node + 1} must be reached by at least one draw")
-        # Two nodes with one parent and one token, or two draws to one node, are the same token drawn twice.
-        once = torch.zeros_like(count).scatter_add_(1, at, (drawn & (self.kinds_BM != DrawKind.IID)).long())
-        twice = self._twin_siblings() | ((once > 0) & (count > 1))
-        if bool(twice.any()):
-            row, node = _first(twice)
-            token, parent = int(self.tokens_BN[row, node]), int(self.parents_BN[row, node])
-            raise ValueError(
-                f"row {row}: token {token} comes twice below node {parent}: siblings must carry distinct tokens; "
-                f"an i.i.d. duplicate is one node with several draws"
-            )
-        stochastic = drawn & (self.kinds_BM != DrawKind.FIXED)
-        if not bool(stochastic.any()):
-            return
-        laws = self.draft_laws_BNV
-        if laws is None:
-            raise ValueError("stochastic draws need draft_laws_BNV, the laws they were drawn from")
-        rows, draws = stochastic.nonzero(as_tuple=True)
-        reached = self.draws_BM[rows, draws]
-        parents = self.parents_BN[rows, reached]
-        used = laws[rows, parents]
-        tolerance = 1e-9 if laws.dtype == torch.float64 else 1e-4
-        # Asked as "is it within", so that NaN is not.
-        unlawful = (used < 0).any(-1) | ~((used.sum(-1) - 1).abs() <= tolerance)
-        if bool(unlawful.any()):
-            one = int(unlawful.nonzero()[0])
-            raise ValueError(
-                f"row {int(rows[one])}: the draft law of node {int(parents[one])} has sum {float(used[one].sum())} "
-                f"and minimum {float(used[one].min())}; draft laws must be non-negative and sum to 1"
-            )
-        tokens = self.tokens_BN[rows, reached]
-        impossible = used.gather(1, tokens[:, None]).squeeze(1) <= 0
-        if bool(impossible.any()):
-            one = int(impossible.nonzero()[0])
-            raise ValueError(
-                f"row {int(rows[one])}: drafted token {int(tokens[one])} has probability zero under the law of node "
-                f"{int(parents[one])} it claims to be drawn from"
-            )
-
-    def _twin_siblings(self) -> Tensor:
-        """True [B, N] at drafted nodes whose token a sibling carries too."""
-        # One integer per (parent, token); sorting beats the N x N comparison for wide trees.
-        drafted = self.is_node_BN & (self.parents_BN >= 0)
-        unique = -1 - torch.arange(self.max_nodes, device=self.device)
-        label = torch.where(drafted, self.parents_BN * (1 << 32) + self.tokens_BN, unique).sort(1)
-        repeats = torch.zeros_like(drafted)
-        return repeats.scatter_(1, label.indices[:, 1:], label.values[:, 1:] == label.values[:, :-1])
-
-
-def _first(flags: Tensor) -> tuple[int, int]:
-    """Row and column of the first True."""
-    row, column = flags.nonzero()[0].tolist()
-    return row, column
 
 
 def _pad(values: Tensor, width: int, fill: int) -> Tensor:

@@ -30,30 +30,8 @@ ROW_FIELDS = {
     "ttft_s",
 }
 RESULT_FIELDS = set(
-    [
-        "experiment",
-        "system",
-        "target",
-        "drafter",
-        "policy",
-        "rule",
-        "num_nodes",
-        "prompts",
-        "temperature",
-        "batch_size",
-        "dtype",
-        "device",
-        "tau",
-        "tokens_per_s",
-        "plain_tokens_per_s",
-        "speedup",
-        "efficiency",
-        "lossless",
-        "command",
-        "revision",
-        "versions",
-        "date",
-    ]
+    """experiment system target drafter policy rule num_nodes prompts temperature batch_size dtype device tau tokens_per_s
+    plain_tokens_per_s speedup efficiency lossless command revision versions date""".split()  # noqa: SIM905
 )
 NASTY = [
     "Hello, (you) [and] {me}: 'a' = \"b\" ${x} $HOME \\${y} \\\\ ~!@#%^&*|;<>?`",
@@ -351,7 +329,11 @@ def test_benchmark_measures_every_system_and_resumes(run, model: str, monkeypatc
 
 @pytest.mark.real_model
 def test_real_model_generates_the_plain_text_in_float32(capfd) -> None:
-    words = ["prompt=Repeat: red, green, blue; red, green, blue.", "compare=true", "sampling.max_new_tokens=24"]
+    words = [
+        "prompt=Repeat this: the cat sat on the mat, the dog sat on the log.",
+        "compare=true",
+        "sampling.max_new_tokens=24",
+    ]
     assert cli.main(["generate", *words, "target.dtype=float32", "output=rows.jsonl"]) == 0
     row = json.loads(Path("rows.jsonl").read_text())
     assert row["token_ids"] == row["plain"]["token_ids"] and row["tau"] > 1

@@ -81,7 +81,9 @@ def test_speculative_equals_plain(target, draft, plain, drafter: str, policy: st
 
 def test_plain_equals_transformers(target) -> None:
     engine = Engine(Verifier(target))
-    for prompt, result in zip(PROMPTS, engine.generate(PROMPTS, SamplingParams(max_new_tokens=32), chat=True), strict=True):
+    for prompt, result in zip(
+        PROMPTS, engine.generate(PROMPTS, SamplingParams(max_new_tokens=32), chat=True), strict=True
+    ):
         ids = torch.tensor([result.prompt_token_ids])
         target.model.set_attn_implementation("sdpa")
         try:

@@ -334,9 +334,26 @@ def test_a_duplicate_draw_is_no_chain() -> None:
     assert not double.spec.is_chain
 
 
+def _siblings(kinds: list[DrawKind], law: list[float], **extra: Any) -> TokenTree:
+    """A root with children 1 and 2, drawn as `kinds` from one law over four tokens."""
+    laws = torch.zeros(1, 3, 4)
+    laws[0, 0] = torch.tensor(law)
+    tokens, parents = torch.tensor([[0, 1, 2]]), torch.tensor([[-1, 0, 0]])
+    return TokenTree(tokens, parents, torch.tensor([3]), torch.tensor([[1, 2]]), torch.tensor([kinds]), laws, **extra)
+
+
 def test_specs_name_the_kinds_that_occur() -> None:
-    kinds = torch.tensor([[IID, FIXED, IID, IID], [WITHOUT, WITHOUT, FIXED, FIXED]])
-    tree = TokenTree(**_fields(kinds_BM=kinds))
-    assert tree.spec.kinds == {FIXED, IID, WITHOUT}
+    assert _siblings([IID, FIXED], [0.5, 0.5, 0, 0]).spec.kinds == {IID, FIXED}
+    assert _siblings([WITHOUT, WITHOUT], [0, 0.5, 0.5, 0]).spec.kinds == {WITHOUT}
     # A padding draw's kind is no kind of the tree.
-    assert TokenTree(**_fields(kinds_BM=torch.tensor([[IID] * 4, [IID, IID, WITHOUT, FIXED]]))).spec.kinds == {IID}
+    padded = TokenTree(**_fields(kinds_BM=torch.tensor([[IID] * 4, [IID, IID, WITHOUT, FIXED]])))
+    assert padded.spec.kinds == {IID}
+
+
+def test_siblings_that_no_rule_has_a_meaning_for_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"children of node 0 are drawn both i\.i\.d\. and without replacement"):
+        _siblings([IID, WITHOUT], [0, 0.5, 0.5, 0])
+    with pytest.raises(ValueError, match="law of node 0 has mass on token 2, its FIXED child"):
+        _siblings([IID, FIXED], [0, 0.5, 0.5, 0])
+    with pytest.raises(ValueError, match="vocab_size=9 differs from the 4 tokens"):
+        _siblings([IID, IID], [0, 0.5, 0.5, 0], vocab_size=9)

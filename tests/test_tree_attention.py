@@ -31,7 +31,11 @@ PARTS = [(1, 1, 0), (1, None, 12), (9, 9, 5), (3, 11, 7), (6, None, 4), (2, 5, 0
 
 
 def make_case(
-    shape: tuple[int, int, int, int], parts: list[tuple[int, int | None, int]], contiguous: bool, dtype: torch.dtype, seed: int = 0
+    shape: tuple[int, int, int, int],
+    parts: list[tuple[int, int | None, int]],
+    contiguous: bool,
+    dtype: torch.dtype,
+    seed: int = 0,
 ) -> Case:
     """Random queries over slots of which all unreferenced ones hold NaN."""
     heads, groups, key_size, value_size = shape
@@ -68,7 +72,9 @@ def make_case(
         mask = None if tail_len is None else torch.tensor(seen[tail - queries :])
         at_slots = None if contiguous else torch.tensor(own)
         plans.append(
-            SequencePlan(row, queries, visible, mask, torch.tensor(where[visible:]), first if contiguous else None, at_slots)
+            SequencePlan(
+                row, queries, visible, mask, torch.tensor(where[visible:]), first if contiguous else None, at_slots
+            )
         )
         slots += own[num_keys - queries :]
         row += queries
@@ -77,7 +83,9 @@ def make_case(
     values_SGE = torch.full((num_slots, groups, value_size), torch.nan, dtype=dtype)
     # Tail slots that this query must not see, but another does, hold numbers; all others poison whoever reads them.
     for part in plans:
-        own_slots = part.slots if part.slots is not None else torch.arange(part.first_slot, part.first_slot + part.num_keys)
+        own_slots = (
+            part.slots if part.slots is not None else torch.arange(part.first_slot, part.first_slot + part.num_keys)
+        )
         used = torch.cat([used, own_slots]).unique()
     keys_SGE[used] = torch.randn(len(used), groups, key_size, generator=generator, dtype=dtype)
     values_SGE[used] = torch.randn(len(used), groups, value_size, generator=generator, dtype=dtype)
@@ -96,7 +104,9 @@ def naive_attention(
         for head in range(heads):
             group = head * groups // heads
             query = case.query_THE[t, head].tolist()
-            scores = [scaling * sum(q * k for q, k in zip(query, case.keys_SGE[s, group].tolist(), strict=True)) for s in near]
+            scores = [
+                scaling * sum(q * k for q, k in zip(query, case.keys_SGE[s, group].tolist(), strict=True)) for s in near
+            ]
             if softcap is not None:
                 scores = [softcap * math.tanh(score / softcap) for score in scores]
             weights = [math.exp(score) for score in scores]
@@ -169,9 +179,7 @@ def test_masks_of_one_plan_do_not_mix_between_windows():
     """Layers of one forward share a plan and differ in their windows."""
     case = make_case((2, 2, 4, 4), PARTS, True, torch.float32, seed=5)
     for window in (3, None, 5, 3, 10_000, None):
-        found = tree_attention(
-            case.query_THE, case.keys_SGE, case.values_SGE, case.plan, scaling=1.0, window=window
-        )
+        found = tree_attention(case.query_THE, case.keys_SGE, case.values_SGE, case.plan, scaling=1.0, window=window)
         torch.testing.assert_close(found, naive_attention(case, 1.0, window).float())
 
 
