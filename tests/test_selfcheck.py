@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import make_tiny
+
 from specdec import attention, reduction, selfcheck
 from specdec.attention import UnsupportedModelError
 from specdec.kernels.tree_attention import SequencePlan

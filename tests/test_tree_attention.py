@@ -8,8 +8,9 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from specdec.kernels.tree_attention import AttentionPlan, SequencePlan, tree_attention
 from torch import Tensor
+
+from specdec.kernels.tree_attention import AttentionPlan, SequencePlan, tree_attention
 
 
 @dataclass
