@@ -292,6 +292,7 @@ MUTANTS = [
         "slots.laws.append(laws)",
         "slots.laws.append(laws_BWV)",
         in_recorded_laws(MIXED),
+        "construction",
     ),
     Mutant(
         "duplicates lose their draws",
