@@ -22,6 +22,7 @@ class NGramIndex:
 
     def __init__(self, min_ngram: int, max_ngram: int, max_matches: int) -> None:
         self.tokens: list[int] = []
+        self.max_ngram = max_ngram
         self._sizes = range(max_ngram, min_ngram - 1, -1)
         # The most recent places only: a token's place is the index behind the n-gram that ends before it.
         self._places: dict[tuple[int, ...], deque[int]] = defaultdict(lambda: deque(maxlen=max_matches))
@@ -55,7 +56,7 @@ class NGramDrafter:
 
     The last `max_ngram` down to `min_ngram` tokens are looked up; the continuations of up to `max_matches` occurrences of
     each n-gram are merged into one tree, longest match first, then most recent, as far as the policy admits. A policy that
-    draws gets the frequencies of the continuations of the longest match as its law.
+    draws gets, as its law, how often each token followed one of these occurrences.
     """
 
     feature_layers: tuple[int, ...] = ()
@@ -141,7 +142,7 @@ class _NGramRound:
     def law(self, row: int, path: list[int]) -> Tensor:
         index = self._indexes[row]
         counts = torch.zeros(self.vocab_size)
-        context = index.tokens[-8:] + path
+        context = index.tokens[-index.max_ngram :] + path
         for place in index.matches(context):
             counts[index.tokens[place]] += 1
         return counts / counts.sum().clamp_min(1)

@@ -78,6 +78,13 @@ def test_sampled_policies_draw_from_the_frequencies() -> None:
     assert set(tree.tokens_BN[0, 1:].tolist()) <= {2, 3} and int((tree.draws_BM >= 0).sum()) == 4
 
 
+def test_sampled_policies_look_up_ngrams_of_any_length() -> None:
+    # Twelve equal tokens lie before the end; a shorter memory would match other places as well, or none at all.
+    span = list(range(100, 112))
+    tree = propose([*span, 7, 111, 8, *span], Sampled([2]), min_ngram=12, max_ngram=12)
+    assert set(tree.tokens_BN[0, 1 : int(tree.num_nodes_B[0])].tolist()) == {7}
+
+
 def test_observed_tokens_are_indexed_once() -> None:
     drafter = NGramDrafter()
     drafter.observe([Commit(5, 0, [1, 2, 3], 4, None, {})])
