@@ -59,7 +59,9 @@ def run(config: BenchmarkConfig, command: str) -> int:
             SpecdecContender(name, one.engine(target, config.engine), {"system": "specdec", **one.labels})
             for name, one in {"specdec plain": plain_system(), **loaded}.items()
         ]
-        contenders += transformers_contenders(target, config.draft, config.target)
+        # transformers runs the weights in their plain layout, as it does for everybody.
+        theirs = load_target(replace(config.target, packed=False, self_check=False))
+        contenders += transformers_contenders(theirs, config.draft, config.target)
         common = _common_labels(config, target, chat, params)
         decoded = _measure(contenders, prompts, params, raw, common)
         rows = _rows(contenders, decoded, {**common, **provenance(command), "resumed_measurements": raw.num_resumed})

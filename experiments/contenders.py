@@ -62,7 +62,7 @@ class SpecdecContender:
 
 @dataclass
 class TransformersContender:
-    """transformers' `generate` with its own attention, on the very model that the engines use."""
+    """transformers' `generate` with its own attention, on a model of plain weights."""
 
     name: str
     target: PagedModel
@@ -108,7 +108,7 @@ def transformers_contenders(target: PagedModel, draft: str | None, config: Targe
         ),
     ]
     if draft is not None:
-        assistant = PagedModel.load(draft, dtype=config.dtype, device=config.device).model
+        assistant = PagedModel.load(draft, dtype=config.dtype, device=config.device, packed=False).model
         assistant.set_attn_implementation("sdpa")
         depth = assistant.generation_config.num_assistant_tokens or GenerationConfig().num_assistant_tokens or 20
         labels = {

@@ -81,6 +81,7 @@ def load_target(config: TargetConfig) -> PagedModel:
         dtype=config.dtype,
         device=config.device,
         self_check=config.self_check,
+        packed=config.packed,
     )
 
 

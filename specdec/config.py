@@ -25,6 +25,7 @@ class TargetConfig:
     dtype: str = "auto"
     device: str = "auto"
     self_check: bool = True
+    packed: bool = True
 
 
 @dataclass

@@ -42,12 +42,14 @@ def load_model(
     dtype: str = "auto",
     device: str | torch.device = "auto",
     self_check: bool = True,
+    packed: bool = True,
 ) -> PagedModel:
     """A model over pages, with its tokenizer where there is one, from a hub id, a folder or a *.gguf file.
 
     `gguf_file` names the GGUF file in the folder or hub repository; its weights are dequantized. `dtype` is auto,
     bfloat16, float16 or float32 (auto: the checkpoint's own; a GGUF has none: bfloat16), `device` auto (CUDA where there
     is one) or a torch device. `self_check` proves once per architecture that its attention over pages is exact.
+    `packed` puts bfloat16 weights on the CPU in a faster layout, see `PagedModel.pack`.
     Raises FileNotFoundError or ValueError, in one line, for anything that cannot be loaded; UnsupportedModelError (a
     ValueError) for a model that would not be exact.
     """
@@ -86,6 +88,8 @@ def load_model(
         from specdec.selfcheck import self_check as check
 
         check(paged)
+    if packed:
+        paged.pack()
     return paged
 
 

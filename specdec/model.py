@@ -15,6 +15,7 @@ from specdec.attention import ATTENTION_NAME, TreeContext, UnsupportedModelError
 from specdec.interfaces import ForwardResult
 from specdec.kernels.tree_attention import AttentionPlan, SequencePlan
 from specdec.kv_cache import KVCache, LayerShape
+from specdec.packing import can_pack, pack_linears
 from specdec.pages import PagePool, PageTable
 
 
@@ -69,6 +70,16 @@ class PagedModel:
         from specdec.loading import load_model
 
         return load_model(path, **options)
+
+    def pack(self) -> None:
+        """Puts the linear layers in oneDNN's packed layout where that pays (bfloat16 on the CPU); else does nothing.
+
+        The plain weights are gone afterwards: the model can run, not be saved or moved. Raises UnsupportedModelError where
+        the model reads a weight that is no longer there.
+        """
+        if can_pack(self.device, self.dtype):
+            pack_linears(self.model, self._measure)
+            self._measure()
 
     @property
     def device(self) -> torch.device:

@@ -118,7 +118,7 @@ def test_a_model_that_would_not_be_exact_is_refused(tmp_path):
 
 @pytest.mark.parametrize("dtype", ["auto", "float32"])
 def test_a_gguf_file(gguf_file, dtype):
-    model = load_model(gguf_file, dtype=dtype)
+    model = load_model(gguf_file, dtype=dtype, packed=False)
     assert (model.name, model.tokenizer) == ("tiny", None)
     assert model.dtype == (torch.bfloat16 if dtype == "auto" else torch.float32)
     assert not hasattr(model.model.config, "quantization_config")

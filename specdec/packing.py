@@ -1,0 +1,114 @@
+"""Packed weights on the CPU: linear layers in oneDNN's own layout, those that read one input as a single product."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from collections.abc import Sequence as Seq
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether packing pays here: bfloat16 on a CPU whose oneDNN multiplies it natively."""
+    return device.type == "cpu" and dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def pack_linears(model: nn.Module, run: Callable[[], object]) -> int:
+    """Replaces every plain linear layer of `model` by a packed one and returns their number.
+
+    A product with few rows is bound by reading the weight, which the plain layout makes slower by half; and layers such as
+    the query, key and value projections read the same tensor one after another, so one product serves them. Which do is
+    seen by watching one forward, `run`, so no architecture is named here. The plain weights are freed as they go.
+    """
+    for group in _groups(model, run):
+        parent = group[0][0]
+        product = _SharedProduct([getattr(parent, name) for _, name in group])
+        for index, (owner, name) in enumerate(group):
+            setattr(owner, name, PackedLinear(product, index))
+    return sum(isinstance(module, PackedLinear) for module in model.modules())
+
+
+class PackedLinear(nn.Module):
+    """One linear layer of a shared product; its weight cannot be read back."""
+
+    def __init__(self, product: _SharedProduct, index: int) -> None:
+        super().__init__()
+        self.in_features, self.out_features = product.in_features, product.sizes[index]
+        self._product, self._index = product, index
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self._product.output(input, self._index)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, shared_by={len(self._product.sizes)}"
+
+
+class _SharedProduct:
+    """The product of one input with the stacked weights of the layers that read it; the first to ask computes it."""
+
+    def __init__(self, linears: Seq[nn.Linear]) -> None:
+        self.in_features = linears[0].in_features
+        self.sizes = [linear.out_features for linear in linears]
+        biases: list[Tensor] = [linear.bias for linear in linears if linear.bias is not None]
+        self._bias = torch.cat(biases) if biases else None
+        weights: list[Tensor] = [linear.weight for linear in linears]
+        weight = weights[0] if len(weights) == 1 else torch.cat(weights)
+        self._weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), None)
+        self._input: Tensor | None = None
+        self._outputs: tuple[Tensor, ...] = ()
+
+    def output(self, input: Tensor, index: int) -> Tensor:
+        if len(self.sizes) == 1:
+            return self._multiply(input)
+        if input is not self._input:
+            self._input, self._outputs = input, self._multiply(input).split(self.sizes, -1)
+        out = self._outputs[index]
+        if index == len(self.sizes) - 1:
+            self._input, self._outputs = None, ()
+        return out
+
+    def _multiply(self, input: Tensor) -> Tensor:
+        return torch.ops.mkldnn._linear_pointwise(input, self._weight, self._bias, "none", [], "")
+
+
+def _groups(model: nn.Module, run: Callable[[], object]) -> list[list[tuple[nn.Module, str]]]:
+    """All plain linear layers as (parent, name), together where one forward gave them the same tensor in a row."""
+    places: dict[nn.Linear, list[tuple[nn.Module, str]]] = {}
+    for parent in model.modules():
+        for name, child in parent.named_children():
+            # A subclass may do more than multiply.
+            if type(child) is nn.Linear:
+                places.setdefault(child, []).append((parent, name))
+    # A layer that stands in two places keeps the weight that they share.
+    where = {linear: found[0] for linear, found in places.items() if len(found) == 1}
+    calls: list[tuple[nn.Linear, Tensor]] = []
+
+    def note(layer: Any, args: tuple[Tensor, ...]) -> None:
+        calls.append((layer, args[0]))
+
+    hooks = [linear.register_forward_pre_hook(note) for linear in where]
+    try:
+        run()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    times = Counter(linear for linear, _ in calls)
+    groups: list[list[nn.Linear]] = [[linear] for linear in where if times[linear] != 1]
+    last: Tensor | None = None
+    for linear, read in calls:
+        if times[linear] != 1:
+            last = None
+            continue
+        if read is last and _fit(groups[-1][0], linear) and where[groups[-1][0]][0] is where[linear][0]:
+            groups[-1].append(linear)
+        else:
+            groups.append([linear])
+        last = read
+    return [[where[linear] for linear in group] for group in groups]
+
+
+def _fit(one: nn.Linear, other: nn.Linear) -> bool:
+    return one.in_features == other.in_features and (one.bias is None) == (other.bias is None)
