@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from specdec.interfaces import Noise
+from specdec.interfaces import Noise, TreePolicy
 from specdec.tree import DrawKind, TokenTree, TreeSpec
 
 
@@ -55,6 +55,12 @@ class Grown:
         """The nodes at a row's limit count as never run: nothing can follow them, so a drafter may skip them."""
         was_run = tree.is_node_BN & (tree.depth_BN < limits_B[:, None])
         return Grown(tree, torch.where(was_run, expanded_BN, -1))
+
+
+class GrowingPolicy(TreePolicy, Protocol):
+    """A policy that grows trees on any drafter that answers as a `DraftRound`."""
+
+    def grow(self, draft: DraftRound, noise: Noise) -> Grown: ...
 
 
 class FixedPolicy:

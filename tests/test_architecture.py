@@ -9,16 +9,24 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-FOLDERS = ("drafters", "verifiers", "kernels", "configs", "experiments")
+FOLDERS = ("drafters", "verifiers", "kernels", "certificates", "configs", "experiments")
 
 # What the files below each prefix must not import. The first prefix that fits a file decides.
 EDGE = ("specdec.cli", "specdec.experiments")
 FORBIDDEN = {
     EDGE: (),
-    ("specdec.config",): ("specdec.drafters", "specdec.verifiers", "specdec.experiments"),
-    ("specdec.drafters",): ("specdec.verifiers", "specdec.experiments", "hydra", "omegaconf"),
-    ("specdec.verifiers",): ("specdec.drafters", "specdec.experiments", "hydra", "omegaconf"),
-    ("specdec",): ("specdec.drafters", "specdec.verifiers", "specdec.experiments", "hydra", "omegaconf"),
+    ("specdec.certificates",): ("specdec.experiments", "hydra", "omegaconf"),
+    ("specdec.config",): ("specdec.drafters", "specdec.verifiers", "specdec.certificates", "specdec.experiments"),
+    ("specdec.drafters",): ("specdec.verifiers", "specdec.certificates", "specdec.experiments", "hydra", "omegaconf"),
+    ("specdec.verifiers",): ("specdec.drafters", "specdec.certificates", "specdec.experiments", "hydra", "omegaconf"),
+    ("specdec",): (
+        "specdec.drafters",
+        "specdec.verifiers",
+        "specdec.certificates",
+        "specdec.experiments",
+        "hydra",
+        "omegaconf",
+    ),
 }
 DYNAMIC_IMPORTS = ("import_module", "__import__", "importorskip")
 KERNELS_MAY_IMPORT = ("torch", "triton", "specdec.kernels", *sys.stdlib_module_names)
@@ -86,6 +94,8 @@ def test_arrows_run_one_way():
         ("specdec.drafters.ngram", "from hydra.utils import instantiate"),
         ("specdec.drafters.training.loop", "from ...verifiers import RULES"),
         ("specdec.verifiers.follow", "from ..drafters import ngram"),
+        ("specdec.verifiers.follow", "from specdec.certificates import oracle"),
+        ("specdec.certificates.oracle", "import hydra"),
         ("specdec.kernels.tree_attention.api", "from specdec.tree import TokenTree"),
         ("specdec.kernels.tree_attention.api", "import numpy"),
         ("specdec.experiments.generate", "from kernels import tree_attention"),

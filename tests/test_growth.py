@@ -11,8 +11,8 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import Tensor
-from worlds import KINDS, TableRound, World
 
+from specdec.certificates.worlds import KINDS, TableRound, World
 from specdec.drafters import Mixed, Sampled, Static, TopK, chain
 from specdec.drafters.growth import FixedPolicy, Grown
 from specdec.interfaces import TreePolicy

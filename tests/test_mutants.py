@@ -20,7 +20,10 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from enumeration import (
+from test_rules import Alternating, generation_error, penalised_error, recorded_error, seed_mismatch
+
+from specdec import SamplingParams
+from specdec.certificates.oracle import (
     BatchDependentError,
     KeyReusedError,
     NotALawError,
@@ -31,11 +34,8 @@ from enumeration import (
     law_of,
     product_law,
 )
-from processes import Case, engine_laws, one_round, ragged_cases, round_error
-from test_rules import Alternating, generation_error, penalised_error, recorded_error, seed_mismatch
-from worlds import KINDS, World
-
-from specdec import SamplingParams
+from specdec.certificates.processes import Case, engine_laws, one_round, ragged_cases, round_error
+from specdec.certificates.worlds import KINDS, World
 from specdec.drafters import Mixed, Sampled, Static, TopK, chain
 from specdec.drafters.growth import DraftRound, Grown
 from specdec.interfaces import AcceptanceRule, Noise, TreePolicy

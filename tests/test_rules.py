@@ -9,7 +9,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from enumeration import (
+
+from specdec import SamplingParams
+from specdec.certificates.oracle import (
     BatchDependentError,
     KeyReusedError,
     NotALawError,
@@ -22,10 +24,16 @@ from enumeration import (
     recorded_prob,
     spans,
 )
-from processes import Case, engine_laws, one_round, ragged_cases, round_error, round_laws, toy_engine
-from worlds import KINDS, FixedLaws, TableRound, World
-
-from specdec import SamplingParams
+from specdec.certificates.processes import (
+    Case,
+    engine_laws,
+    one_round,
+    ragged_cases,
+    round_error,
+    round_laws,
+    toy_engine,
+)
+from specdec.certificates.worlds import KINDS, FixedLaws, TableRound, World
 from specdec.drafters import Mixed, Sampled, Static, TopK, chain
 from specdec.drafters.growth import Grown
 from specdec.interfaces import AcceptanceRule, Noise, TreePolicy

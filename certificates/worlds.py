@@ -76,10 +76,11 @@ class World:
             longer: dict[TokenSpan, tuple[int, float]] = {}
             for prefix, (at, prob) in going.items():
                 for token, p in enumerate(self.target_KCV[kind, at].tolist()):
+                    span = (*prefix, token)
                     if p > 0 and token in ends:
-                        done[(*prefix, token)] = prob * p
+                        done[span] = prob * p
                     elif p > 0:
-                        longer[(*prefix, token)] = (int(self.next_CV[at, token]), prob * p)
+                        longer[span] = (int(self.next_CV[at, token]), prob * p)
             going = longer
         return done | {prefix: prob for prefix, (_, prob) in going.items()}
 
@@ -89,14 +90,16 @@ class World:
         inner = (vocab**depth - 1) // (vocab - 1)
         size = inner + vocab**depth
         following = torch.arange(size)[:, None] * vocab + torch.arange(vocab) + 1
-        return World(KINDS, *_laws(size, vocab, seed), torch.where(following < size, following, -1))
+        target, draft = _laws(size, vocab, seed)
+        return World(KINDS, target, draft, torch.where(following < size, following, -1))
 
     @staticmethod
     def markov(vocab: int, order: int, seed: int = 0) -> World:
         """The last `order` tokens decide the laws, so contexts may be as long as they like."""
         size = vocab**order
         following = torch.arange(size)[:, None] * vocab + torch.arange(vocab)
-        return World(KINDS, *_laws(size, vocab, seed), following % size)
+        target, draft = _laws(size, vocab, seed)
+        return World(KINDS, target, draft, following % size)
 
 
 # How draft and target relate; the adjective is the target's, where only one is named.

@@ -11,11 +11,12 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from enumeration import Scripts, TokenSpan, enumerate_outcomes, law_of, spans
-from worlds import FixedLaws, TableRound, ToyModel, World
 
 from specdec import Engine, SamplingParams
+from specdec.certificates.oracle import Scripts, TokenSpan, enumerate_outcomes, law_of, spans
+from specdec.certificates.worlds import FixedLaws, TableRound, ToyModel, World
 from specdec.drafters import SmallModelDrafter
+from specdec.drafters.growth import GrowingPolicy
 from specdec.interfaces import AcceptanceRule, TreePolicy
 from specdec.sampling import BatchSampling, ModelLaws
 from specdec.tree import TokenTree
@@ -41,7 +42,7 @@ def ragged_cases(world: World, depth: int) -> list[Case]:
 
 
 def one_round(
-    policy: TreePolicy, rule: AcceptanceRule, world: World, rows: Seq[Case], noise: Any
+    policy: GrowingPolicy, rule: AcceptanceRule, world: World, rows: Seq[Case], noise: Any
 ) -> tuple[TokenTree, list[TokenSpan]]:
     """Drafts a batch and has it judged: the trees, and the tokens each row emits."""
     kinds_B, states_B = (torch.tensor([getattr(row, name) for row in rows]) for name in ("kind", "state"))
@@ -51,7 +52,7 @@ def one_round(
 
 
 def round_laws(
-    policy: TreePolicy, rule: AcceptanceRule, world: World, cases: Seq[Case], **options: Any
+    policy: GrowingPolicy, rule: AcceptanceRule, world: World, cases: Seq[Case], **options: Any
 ) -> list[dict[TokenSpan, float]]:
     """Per case the law of the tokens that one round emits."""
 
@@ -62,7 +63,7 @@ def round_laws(
 
 
 def round_error(
-    policy: TreePolicy, rule: AcceptanceRule, world: World, cases: Seq[Case], length: int, **options: Any
+    policy: GrowingPolicy, rule: AcceptanceRule, world: World, cases: Seq[Case], length: int, **options: Any
 ) -> float:
     """The largest error of the joint law of `length` tokens over all cases."""
     laws = round_laws(policy, rule, world, cases, **options)
