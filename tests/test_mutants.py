@@ -36,11 +36,12 @@ from specdec.certificates.oracle import (
 )
 from specdec.certificates.processes import Case, engine_laws, one_round, ragged_cases, round_error
 from specdec.certificates.worlds import KINDS, World
+from specdec.drafters import Coupled as CoupledPolicy
 from specdec.drafters import Mixed, Sampled, Static, TopK, chain
 from specdec.drafters.growth import DraftRound, Grown
 from specdec.interfaces import AcceptanceRule, Noise, TreePolicy
 from specdec.noise import CounterNoise
-from specdec.verifiers import Follow, Rejection, Verifier
+from specdec.verifiers import Block, Coupled, Follow, KSeq, Recursive, Rejection, Traversal, Verifier
 
 
 @dataclass(frozen=True)
@@ -147,6 +148,20 @@ IID = Sampled([2, 2])
 WITHOUT = Sampled([2, 2], "without_replacement")
 MIXED = Mixed([2, 2])
 
+BLOCK = "specdec.verifiers.block:Block.__call__"
+RECURSIVE = "specdec.verifiers.recursive:Recursive.__call__"
+TRAVERSAL = "specdec.verifiers.traversal:_State"
+KSEQ = "specdec.verifiers.kseq:KSeq.__call__"
+DRAWN_LAW = "specdec.verifiers.siblings:Siblings.laws"
+
+BLOCK_CHAIN = in_one_round(Block(), chain(3, "iid"))
+RECURSIVE_IID = in_one_round(Recursive(), Sampled([3, 1]))
+RECURSIVE_WITHOUT = in_one_round(Recursive(), Sampled([3], "without_replacement"))
+RECURSIVE_MIXED = in_one_round(Recursive(), Mixed([2, 2]))
+TRAVERSAL_WITHOUT = in_one_round(Traversal(), WITHOUT)
+KSEQ_IID = in_one_round(KSeq(), Sampled([3]))
+COUPLED_TREE = in_one_round(Coupled(), CoupledPolicy(total=6, depth=2, k=2))
+
 MUTANTS = [
     # Speculative sampling on chains.
     Mutant(
@@ -252,6 +267,140 @@ MUTANTS = [
         "self.positions_B[rows] + (key.depth + 1)",
         "self.rounds_B[rows] * 64 + (key.depth + 1)",
         Check("other tokens", partial(seed_mismatch, Follow(), TopK(total=8, depth=3, k=2))),
+    ),
+    # Block verification.
+    Mutant(
+        "block with early exit",
+        BLOCK,
+        "final_BV = final_BV.index_copy(0, rows[passed], rest_RV[passed])",
+        "final_BV = final_BV.index_copy(0, rows[passed], rest_RV[passed])\n        rows = rows[passed]",
+        BLOCK_CHAIN,
+    ),
+    Mutant(
+        "block with the token-level residual",
+        BLOCK,
+        "weight_R[goes_on, None] * target_RV[goes_on] - draft_RV",
+        "target_RV[goes_on] - draft_RV",
+        BLOCK_CHAIN,
+    ),
+    Mutant(
+        "block whose prefixes pass with their weight",
+        BLOCK,
+        "torch.where(short > 0, mass / short.clamp_min(torch.finfo(mass.dtype).tiny), 0)",
+        "weight_R[goes_on]",
+        BLOCK_CHAIN,
+    ),
+    Mutant("block with one coin", BLOCK, 'RoundKey("accept", node)', 'RoundKey("accept", 1)', BLOCK_CHAIN, "key reuse"),
+    # Trees tested child by child.
+    Mutant(
+        "without replacement corrected as i.i.d.",
+        DRAWN_LAW,
+        "torch.where(gone.any(1, keepdim=True), normalised(left, law_RV), law_RV)",
+        "law_RV",
+        RECURSIVE_WITHOUT,
+    ),
+    Mutant(
+        "without replacement, not renormalised in the test",
+        DRAWN_LAW,
+        "normalised(left, law_RV)",
+        "left",
+        RECURSIVE_WITHOUT,
+    ),
+    Mutant(
+        "fixed children with a soft law",
+        DRAWN_LAW,
+        "torch.where((kinds == DrawKind.FIXED)[:, None], one_hot, law_RV)",
+        "law_RV.clamp_min(0.1)",
+        RECURSIVE_MIXED,
+    ),
+    Mutant(
+        "duplicates merged without multiplicity",
+        "specdec.verifiers.siblings:Siblings.__init__",
+        "drawn = tree.draws_BM >= 0",
+        "same = tree.draws_BM[:, :, None] == tree.draws_BM[:, None]\n"
+        "    drawn = (tree.draws_BM >= 0) & ~same.tril(-1).any(2)",
+        RECURSIVE_IID,
+    ),
+    Mutant(
+        "siblings all tested against the target's law",
+        RECURSIVE,
+        "rest_RV = rest_RV.index_copy(0, lost, normalised(left, rest_RV[lost]))",
+        "pass",
+        RECURSIVE_IID,
+    ),
+    Mutant(
+        "siblings share a coin",
+        RECURSIVE,
+        'RoundKey("accept", draws)',
+        'RoundKey("accept", 0)',
+        RECURSIVE_IID,
+        "key reuse",
+    ),
+    # Trees from the leaves up.
+    Mutant(
+        "traversal without the parent's weight update",
+        f"{TRAVERSAL}._take_off",
+        "torch.where(whole > 0, mass / whole.clamp_min(torch.finfo(mass.dtype).tiny), 1)",
+        "weight",
+        TRAVERSAL_WITHOUT,
+    ),
+    Mutant(
+        "traversal with the token-level residual",
+        f"{TRAVERSAL}._take_off",
+        "weight[:, None] * law_RV - draft_RV",
+        "law_RV - draft_RV",
+        TRAVERSAL_WITHOUT,
+    ),
+    Mutant(
+        "traversal whose children forget their parent's weight",
+        f"{TRAVERSAL}.descend",
+        "self.weight_BN[going, nodes] * r / q",
+        "r / q",
+        TRAVERSAL_WITHOUT,
+    ),
+    Mutant(
+        "traversal that goes on with the untouched law",
+        f"{TRAVERSAL}._take_off",
+        "self.law_BNV[rows, nodes] = normalised(left, law_RV)",
+        "pass",
+        TRAVERSAL_WITHOUT,
+    ),
+    Mutant(
+        "traversal that forgets why a child was given up",
+        f"{TRAVERSAL}.give_up",
+        "self._via_BN[rows, nodes]",
+        "self._siblings.draws_BNJ[rows, parents, 0]",
+        TRAVERSAL_WITHOUT,
+    ),
+    # All draws with one acceptance probability.
+    Mutant(
+        "k-seq without the division factor",
+        "specdec.verifiers.kseq:_kept",
+        "target_RV / high[:, None]",
+        "target_RV",
+        KSEQ_IID,
+    ),
+    Mutant(
+        "k-seq whose residual knows one draw only",
+        KSEQ,
+        "(1 - (1 - beta_R) ** count_R[on]) / beta_R.clamp_min(torch.finfo(beta_R.dtype).tiny)",
+        "torch.ones_like(beta_R)",
+        KSEQ_IID,
+    ),
+    # Gumbel noise that the drafter sees.
+    Mutant(
+        "one Gumbel number for all depths",
+        "specdec.verifiers.coupled:_Gumbel.categorical",
+        "GumbelKey(key.depth)",
+        "GumbelKey(0)",
+        COUPLED_TREE,
+    ),
+    Mutant(
+        "Gumbel noise keyed by round",
+        "specdec.noise:CounterNoise._gumbel_max",
+        "self.positions_B[rows] + (key.depth + 1)",
+        "self.rounds_B[rows] * 64 + (key.depth + 1)",
+        Check("other tokens", partial(seed_mismatch, Coupled(), TopK(total=8, depth=3, k=2))),
     ),
     # Drawing trees.
     Mutant(
