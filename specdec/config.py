@@ -223,7 +223,17 @@ class BenchmarkConfig(RunConfig):
     work_dir: str = MISSING
 
 
+@dataclass
+class CertifyConfig:
+    """`level` quick or full; `rules` names the rules (none: all of them)."""
+
+    level: str = MISSING
+    rules: list[str] = MISSING
+    output: str = MISSING
+
+
 SCHEMAS: dict[str, type] = {
+    "certify": CertifyConfig,
     "generate": GenerateConfig,
     "benchmark": BenchmarkConfig,
     "contender": ContenderConfig,

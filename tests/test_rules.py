@@ -12,6 +12,15 @@ import pytest
 import torch
 
 from specdec import SamplingParams
+from specdec.certificates.checks import (
+    STOP,
+    TOLERANCE,
+    Alternating,
+    generation_error,
+    penalised_error,
+    recorded_error,
+    seed_mismatch,
+)
 from specdec.certificates.oracle import (
     BatchDependentError,
     KeyReusedError,
@@ -22,7 +31,6 @@ from specdec.certificates.oracle import (
     enumerate_outcomes,
     law_of,
     product_law,
-    recorded_prob,
     spans,
 )
 from specdec.certificates.processes import (
@@ -32,17 +40,14 @@ from specdec.certificates.processes import (
     ragged_cases,
     round_error,
     round_laws,
-    toy_engine,
 )
-from specdec.certificates.worlds import KINDS, FixedLaws, TableRound, World
+from specdec.certificates.worlds import KINDS, FixedLaws, World
 from specdec.drafters import Coupled, Mixed, Sampled, Static, TopK, chain
-from specdec.drafters.growth import Grown
-from specdec.interfaces import AcceptanceRule, Noise, TreePolicy
+from specdec.interfaces import Noise, TreePolicy
 from specdec.noise import PositionKey, RoundKey
 from specdec.tree import DrawKind, TokenTree, TreeSpec
 from specdec.verifiers import RULES, Follow, Rejection, Threshold, Typical, Verifier
 
-TOLERANCE = 1e-12
 BUSHY = [[0], [1], [0, 0], [0, 1], [1, 0]]
 
 # Policies with the vocabulary they are enumerated on; trees that draw a lot get the smaller one.
@@ -101,45 +106,6 @@ def test_trees_are_drawn_with_the_recorded_laws(policy: str) -> None:
     grown, vocab = POLICIES[policy]
     world = World.tree(vocab, grown.max_depth + 1)
     assert recorded_error(grown, world) < TOLERANCE
-
-
-def recorded_error(policy: TreePolicy, world: World) -> float:
-    """The largest difference between a tree's probability and what its draws, kinds and draft laws say it is."""
-
-    def run(rows: list[Case], scripts: Scripts) -> list[float]:
-        kinds_B, states_B = (torch.tensor([getattr(row, name) for row in rows]) for name in ("kind", "state"))
-        draft = TableRound(world, kinds_B, states_B, [row.limit for row in rows])
-        tree = policy.grow(draft, scripts.noise()).tree
-        return [recorded_prob(tree, row) for row in range(len(rows))]
-
-    outcomes = enumerate_outcomes(run, ragged_cases(world, policy.max_depth))
-    assert all(abs(sum(prob for prob, _ in case) - 1) < TOLERANCE for case in outcomes)
-    return max(abs(prob - recorded) for case in outcomes for prob, recorded in case)
-
-
-class Alternating:
-    """Chains whose tokens are FIXED and drawn by turns, starting with either: a tree's draws need not be of one kind."""
-
-    spec = TreeSpec(frozenset({DrawKind.FIXED, DrawKind.IID}), is_chain=True)
-    max_depth, max_nodes, max_expanded = 3, 4, 3
-
-    def grow(self, draft: TableRound, noise: Noise) -> Grown:
-        tokens, laws, kinds = [draft.roots_B], [], []
-        following = draft.expand_root()
-        for depth in range(self.max_depth):
-            paths = torch.stack([*tokens[1:], torch.full_like(draft.roots_B, -1)], 1)[:, None]
-            law_BV = following.laws(paths)[:, 0]
-            is_fixed_B = (draft.kinds_B + depth) % 2 == 0
-            rows = (~is_fixed_B).nonzero()[:, 0]
-            drawn = noise.categorical(law_BV[rows], RoundKey("draft", depth), rows)
-            tokens.append(law_BV.argmax(1).index_copy(0, rows, drawn))
-            laws.append(law_BV)
-            kinds.append(torch.where(is_fixed_B, DrawKind.FIXED, DrawKind.IID))
-            if depth + 1 < self.max_depth:
-                following = draft.expand(tokens[-1][:, None], torch.full_like(tokens[-1][:, None], depth), depth + 1)
-        laws_BNV = torch.stack([*laws, torch.zeros_like(laws[0])], 1)
-        tree = TokenTree.chain(torch.stack(tokens, 1), laws_BNV, DrawKind.IID)
-        return Grown(replace(tree, kinds_BM=torch.stack(kinds, 1)), torch.zeros_like(tree.tokens_BN))
 
 
 @pytest.mark.parametrize("rule", exact(Alternating.spec))
@@ -226,8 +192,6 @@ ENGINE: dict[str, TreePolicy] = {
     "coupled": Coupled(total=5, depth=2, k=2),
 }
 ENGINE_EXACT = [(name, rule) for name in ENGINE for rule in exact(ENGINE[name].spec)]
-PROMPTS = [((0,),), ((1, 2),), ((2, 1, 0, 1),)]
-STOP = 2
 
 
 @pytest.mark.parametrize(("policy", "rule"), ENGINE_EXACT)
@@ -242,17 +206,6 @@ def test_whole_generations_keep_the_law(policy: str, rule: str) -> None:
         assert generation_error(world, RULES[rule](), grown, length) < TOLERANCE
 
 
-def generation_error(world: World, rule: AcceptanceRule, policy: TreePolicy, length: int, **options: bool) -> float:
-    """The largest error of the law of whole outputs: tokens up to the stop token or the limit, and the reason."""
-    params = SamplingParams(temperature=1.0, max_new_tokens=length, stop_token_ids=(STOP,))
-    errors = []
-    for (prompt,), law in zip(PROMPTS, engine_laws(world, rule, policy, PROMPTS, params, **options), strict=True):
-        wanted = world.stopped_law(prompt[0], world.walk(prompt[1:]), length, {STOP})
-        named = {((tokens, "stop" if tokens[-1] == STOP else "length"),): prob for tokens, prob in wanted.items()}
-        errors.append(distance(named, law))
-    return max(errors)
-
-
 @pytest.mark.parametrize("rule", exact(chain(1, "iid").spec))
 def test_two_generations_are_independent(rule: str) -> None:
     world = World.tree(3, 5).select("sharp", "independent", "zeros")
@@ -264,21 +217,9 @@ def test_two_generations_are_independent(rule: str) -> None:
         assert distance(emitted, product_law(one, other)) < TOLERANCE
 
 
-PENALISED = SamplingParams(
-    temperature=0.8, top_k=2, repetition_penalty=1.3, presence_penalty=0.4, frequency_penalty=0.7, max_new_tokens=3
-)
-
-
 @pytest.mark.parametrize(("policy", "rule"), [("chain_iid", "rejection"), ("static", "follow"), ("mixed", "follow")])
 def test_penalties_follow_the_drafted_path(policy: str, rule: str) -> None:
     assert penalised_error(RULES[rule](), ENGINE[policy]) < TOLERANCE
-
-
-def penalised_error(rule: AcceptanceRule, policy: TreePolicy) -> float:
-    """The largest difference between a drafted and a plain generation under penalties."""
-    world = World.tree(3, 7).select("sharp", "independent", "flat")
-    plain, drafted = (engine_laws(world, rule, tree, PROMPTS, PENALISED) for tree in (None, policy))
-    return max(distance(one, other) for one, other in zip(plain, drafted, strict=True))
 
 
 SEEDED: dict[str, TreePolicy] = {name: policy for name, (policy, _) in POLICIES.items()} | {
@@ -295,23 +236,6 @@ SEEDED: dict[str, TreePolicy] = {name: policy for name, (policy, _) in POLICIES.
 def test_a_rule_that_follows_emits_what_plain_decoding_emits(policy: str, rule: str) -> None:
     """Same seed, same tokens: real noise, float32 laws, many seeds and kinds of laws in one batch."""
     assert seed_mismatch(RULES[rule](), SEEDED[policy]) == 0
-
-
-def seed_mismatch(rule: AcceptanceRule, policy: TreePolicy) -> float:
-    """The share of requests that a drafted run answers otherwise than a plain one with the same seed."""
-    world = World.markov(vocab=len(KINDS), order=2)
-    prompts = [[kind, seed % world.vocab_size] for kind in range(len(KINDS)) for seed in range(8)]
-    params = [
-        SamplingParams(
-            temperature=(1.0, 0.7, 0.0)[i % 3], seed=i, max_new_tokens=10, stop_token_ids=(3,) if i % 2 else ()
-        )
-        for i in range(len(prompts))
-    ]
-    plain, drafted = (
-        [(result.token_ids, result.finish_reason) for result in toy_engine(world, rule, tree).generate(prompts, params)]
-        for tree in (None, policy)
-    )
-    return sum(one != other for one, other in zip(plain, drafted, strict=True)) / len(plain)
 
 
 def test_rejection_refuses_trees_it_is_not_exact_for() -> None:

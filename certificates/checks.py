@@ -1,0 +1,104 @@
+"""What a certificate measures: each function is 0, but for rounding, where the law of the output is the target's."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from specdec import SamplingParams
+from specdec.certificates.oracle import Scripts, TokenSpan, distance, enumerate_outcomes, recorded_prob
+from specdec.certificates.processes import Case, engine_laws, ragged_cases, toy_engine
+from specdec.certificates.worlds import KINDS, TableRound, World
+from specdec.drafters.growth import GrowingPolicy, Grown
+from specdec.interfaces import AcceptanceRule, Noise
+from specdec.noise import RoundKey
+from specdec.tree import DrawKind, TokenTree, TreeSpec
+
+TOLERANCE = 1e-12
+# One prompt per request; the first token names the kind of the world's laws.
+PROMPTS = [((0,),), ((1, 2),), ((2, 1, 0, 1),)]
+STOP = 2
+PENALISED = SamplingParams(
+    temperature=0.8, top_k=2, repetition_penalty=1.3, presence_penalty=0.4, frequency_penalty=0.7, max_new_tokens=3
+)
+
+
+def recorded_error(policy: GrowingPolicy, world: World) -> float:
+    """The largest difference between a tree's probability and what its draws, kinds and draft laws say it is."""
+
+    def run(rows: list[Case], scripts: Scripts) -> list[float]:
+        kinds_B, states_B = (torch.tensor([getattr(row, name) for row in rows]) for name in ("kind", "state"))
+        draft = TableRound(world, kinds_B, states_B, [row.limit for row in rows])
+        tree = policy.grow(draft, scripts.noise()).tree
+        return [recorded_prob(tree, row) for row in range(len(rows))]
+
+    outcomes = enumerate_outcomes(run, ragged_cases(world, policy.max_depth))
+    assert all(abs(sum(prob for prob, _ in case) - 1) < TOLERANCE for case in outcomes)
+    return max(abs(prob - recorded) for case in outcomes for prob, recorded in case)
+
+
+def generation_error(world: World, rule: AcceptanceRule, policy: GrowingPolicy, length: int, **options: bool) -> float:
+    """The largest error of the law of whole outputs: tokens up to the stop token or the limit, and the reason."""
+    params = SamplingParams(temperature=1.0, max_new_tokens=length, stop_token_ids=(STOP,))
+    errors = []
+    for (prompt,), law in zip(PROMPTS, engine_laws(world, rule, policy, PROMPTS, params, **options), strict=True):
+        wanted = world.stopped_law(prompt[0], world.walk(prompt[1:]), length, {STOP})
+        named: dict[tuple[tuple[TokenSpan, str], ...], float] = {
+            ((tokens, "stop" if tokens[-1] == STOP else "length"),): prob for tokens, prob in wanted.items()
+        }
+        errors.append(distance(named, law))
+    return max(errors)
+
+
+def penalised_error(rule: AcceptanceRule, policy: GrowingPolicy) -> float:
+    """The largest difference between a drafted and a plain generation under penalties."""
+    world = World.tree(3, 7).select("sharp", "independent", "flat")
+    plain, drafted = (engine_laws(world, rule, tree, PROMPTS, PENALISED) for tree in (None, policy))
+    return max(distance(one, other) for one, other in zip(plain, drafted, strict=True))
+
+
+def seed_mismatch(rule: AcceptanceRule, policy: GrowingPolicy) -> float:
+    """The share of requests that a drafted run answers otherwise than a plain one with the same seed."""
+    world = World.markov(vocab=len(KINDS), order=2)
+    prompts = [[kind, seed % world.vocab_size] for kind in range(len(KINDS)) for seed in range(8)]
+    params = [
+        SamplingParams(
+            temperature=(1.0, 0.7, 0.0)[i % 3], seed=i, max_new_tokens=10, stop_token_ids=(3,) if i % 2 else ()
+        )
+        for i in range(len(prompts))
+    ]
+    plain, drafted = (
+        [(result.token_ids, result.finish_reason) for result in toy_engine(world, rule, tree).generate(prompts, params)]
+        for tree in (None, policy)
+    )
+    return sum(one != other for one, other in zip(plain, drafted, strict=True)) / len(plain)
+
+
+class Alternating:
+    """Chains whose tokens are FIXED and drawn by turns, starting with either: a tree's draws need not be of one kind.
+
+    Grows on a `TableRound` only, whose kinds of laws say which comes first.
+    """
+
+    spec = TreeSpec(frozenset({DrawKind.FIXED, DrawKind.IID}), is_chain=True)
+    max_depth, max_nodes, max_expanded = 3, 4, 3
+
+    def grow(self, draft: Any, noise: Noise) -> Grown:
+        tokens, laws, kinds = [draft.roots_B], [], []
+        following = draft.expand_root()
+        for depth in range(self.max_depth):
+            paths = torch.stack([*tokens[1:], torch.full_like(draft.roots_B, -1)], 1)[:, None]
+            law_BV = following.laws(paths)[:, 0]
+            is_fixed_B = (draft.kinds_B + depth) % 2 == 0
+            rows = (~is_fixed_B).nonzero()[:, 0]
+            drawn = noise.categorical(law_BV[rows], RoundKey("draft", depth), rows)
+            tokens.append(law_BV.argmax(1).index_copy(0, rows, drawn))
+            laws.append(law_BV)
+            kinds.append(torch.where(is_fixed_B, DrawKind.FIXED, DrawKind.IID))
+            if depth + 1 < self.max_depth:
+                following = draft.expand(tokens[-1][:, None], torch.full_like(tokens[-1][:, None], depth), depth + 1)
+        laws_BNV = torch.stack([*laws, torch.zeros_like(laws[0])], 1)
+        tree = TokenTree.chain(torch.stack(tokens, 1), laws_BNV, DrawKind.IID)
+        return Grown(replace(tree, kinds_BM=torch.stack(kinds, 1)), torch.zeros_like(tree.tokens_BN))
