@@ -25,8 +25,8 @@ TESTS = (*MARTINGALES, *CHI_SQUARES, "impossible")
 # Largest possible increment of each martingale, and how far from normal its sum may be (Berry-Esseen ratio).
 _BOUNDS = [-MIN_LOG_PROB, *[1.0] * (len(SCORES) - 1), *[0.25] * len(LAGS)]
 _MAX_RATIO = 0.1
-# A cut (top-k, top-p, min-p) falls elsewhere for an ulp in the logits; a token on it may then look impossible. Measured
-# float32 noise of 1e-5 in a probability at the cut makes this share of the tokens an upper bound.
+# A cut (top-k, top-p, min-p) falls elsewhere for an ulp in the logits, and a token on it then looks impossible. This share
+# of the tokens is allowed for that: some ten times the rounding of a float32 sum of probabilities, not a measurement.
 CUT_ROUNDING = 1e-5
 # Below this many tokens the expected counts of the pair grid are too small for its chi-square law.
 MIN_TOKENS = 2 * 10 * NUM_CELLS**2
