@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from specdec.cli import explain
 from specdec.config import AcceptanceConfig, PolicyConfig, compose, to_typed
-from specdec.engine import Engine
-from specdec.experiments.acceptance_report import acceptance_picture, acceptance_table
+from specdec.experiments.acceptance_report import acceptance_picture, acceptance_tables
 from specdec.experiments.building import build, describe, sampling_params
 from specdec.experiments.estimates import clustered_mean
 from specdec.experiments.jury import Jury, chosen_rules
@@ -23,6 +21,7 @@ from specdec.experiments.prompts import check_chat, read_prompts, uses_chat, wra
 from specdec.experiments.replay import Replay
 from specdec.experiments.resume import Measurements, digest
 from specdec.experiments.system import check_draft, drafter_label, load_target, plain_system, target_name
+from specdec.experiments.visits import Visit, Visitor
 from specdec.interfaces import TreePolicy
 from specdec.model import PagedModel
 from specdec.provenance import device_name, provenance
@@ -34,7 +33,6 @@ from specdec.tracking import Tracker
 VARIED = {
     "drafter/policy=": "policies",
     "drafter.policy.": "policies",
-    "rule=": "rules",
     "sampling.temperature=": "temperatures",
 }
 
@@ -64,7 +62,7 @@ def run(config: AcceptanceConfig, command: str) -> int:
         prompts = [encode(target, text, chat) for text in texts]
         plain = plain_system().engine(target, config.engine)
         replay = Replay(target, drafter, config.engine.page_size, config.engine.prefill_chunk)
-        visitor = _Visitor(plain, replay, policies, juries, params, config.stride, config.num_repeats)
+        visitor = Visitor(plain, replay, policies, juries, params, config.stride, config.num_repeats)
         common = _common_labels(config, target, chat, params)
         visits = _visit_all(visitor, prompts, config.temperatures, raw, common)
         rows = _rows(visitor, visits, {**common, **provenance(command)})
@@ -78,7 +76,7 @@ def run(config: AcceptanceConfig, command: str) -> int:
         tracker.finish()
     picture = tracker.path.with_suffix(".png")
     acceptance_picture(rows, picture)
-    Console(markup=False, highlight=False).print(acceptance_table(rows))
+    Console(markup=False, highlight=False).print(acceptance_tables(rows))
     print(f"{len(rows)} rows in {tracker.shown_path}, picture in {picture.name} beside it", flush=True)
     return 0
 
@@ -88,59 +86,13 @@ def policy_config(overrides: str) -> PolicyConfig:
     words = shlex.split(overrides)
     for word in words:
         if not word.startswith(("drafter/policy=", "drafter.policy.")):
-            raise ValueError(f"policies: {word} is no part of a policy; give drafter/policy=NAME drafter.policy.KEY=VALUE")
+            raise ValueError(
+                f"policies: {word} is no part of a policy; give drafter/policy=NAME drafter.policy.KEY=VALUE"
+            )
     try:
         return to_typed(compose("contender", words)).drafter.policy
     except Exception as error:
         raise ValueError(f"policies: {explain(error, ['contender', *words])}") from error
-
-
-@dataclass
-class Visit:
-    """One text and what was seen along it: per policy the nodes of each tree, per policy and rule each tree's mean tau."""
-
-    output: list[int]
-    roots: list[int]
-    num_nodes: dict[str, list[int]] = field(default_factory=dict)
-    taus: dict[str, dict[str, list[float]]] = field(default_factory=dict)
-
-
-@dataclass
-class _Visitor:
-    """Writes the target's text behind a prompt, then goes along it."""
-
-    plain: Engine
-    replay: Replay
-    policies: dict[str, TreePolicy]
-    juries: dict[str, Jury]
-    params: SamplingParams
-    stride: int
-    num_repeats: int
-
-    def visit(self, prompt: list[int], temperature: float, on_root: Callable[[int, int], None]) -> Visit:
-        params = replace(self.params, temperature=temperature, seed=self._seed("text", prompt))
-        output = self.plain.generate([prompt], params)[0].token_ids
-        # The first drafted tree grows from the first new token; none grows from the last.
-        places = len(output) - 1
-        start = self._seed("start", prompt) % max(min(self.stride, places), 1)
-        roots = [len(prompt) + place for place in range(start, places, self.stride)]
-        visit = Visit(
-            output,
-            roots,
-            {label: [] for label in self.policies},
-            {label: {rule.name: [] for rule in jury.rules} for label, jury in self.juries.items()},
-        )
-        seeds = [self._seed("accept", prompt, repeat) for repeat in range(self.num_repeats)]
-        for scene in self.replay.scenes(prompt, output, roots, params, self._seed("draft", prompt), self.policies):
-            on_root(roots.index(scene.root) + 1, len(roots))
-            visit.num_nodes[scene.policy].append(int(scene.tree.num_nodes_B[0]))
-            for name, tau in self.juries[scene.policy].taus(scene, seeds).items():
-                visit.taus[scene.policy][name].append(tau)
-        return visit
-
-    def _seed(self, purpose: str, prompt: list[int], index: int = 0) -> int:
-        """Prompts are clusters: nothing may tie them together, so each has seeds of its own."""
-        return int(digest(self.params.seed, purpose, prompt, index), 16)
 
 
 def _check(config: AcceptanceConfig, command: str) -> SamplingParams:
@@ -189,7 +141,7 @@ def _common_labels(config: AcceptanceConfig, target: PagedModel, chat: bool, par
 
 
 def _visit_all(
-    visitor: _Visitor, prompts: list[list[int]], temperatures: list[float], raw: Measurements, common: dict[str, Any]
+    visitor: Visitor, prompts: list[list[int]], temperatures: list[float], raw: Measurements, common: dict[str, Any]
 ) -> dict[float, list[Visit]]:
     """Per temperature a visit of every prompt's text, in the order of the prompts."""
     rules = {label: [rule.name for rule in jury.rules] for label, jury in visitor.juries.items()}
@@ -214,7 +166,7 @@ def _visit_all(
     return visits
 
 
-def _rows(visitor: _Visitor, visits: dict[float, list[Visit]], common: dict[str, Any]) -> list[dict[str, Any]]:
+def _rows(visitor: Visitor, visits: dict[float, list[Visit]], common: dict[str, Any]) -> list[dict[str, Any]]:
     rows = []
     for temperature, texts in visits.items():
         if not any(text.roots for text in texts):

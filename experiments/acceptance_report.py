@@ -1,7 +1,8 @@
-"""The table and the picture of a run of `acceptance`."""
+"""The tables and the picture of a run of `acceptance`."""
 
 from __future__ import annotations
 
+import re
 import textwrap
 from collections.abc import Sequence as Seq
 from pathlib import Path
@@ -10,30 +11,17 @@ from typing import Any
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from rich.console import Group
 from rich.table import Table
 
 from specdec.verifiers import RULES
 
 
-def acceptance_table(rows: Seq[dict[str, Any]]) -> Table:
-    """A line per row: tau, and its paired difference to the policy's reference rule, each with its standard error."""
-    table = Table(title=_title(rows[0]), title_justify="left")
-    for name in ("temperature", "policy", "nodes", "rule", "tau", "difference"):
-        table.add_column(name)
-    shown = None
-    for row in rows:
-        group = (row["temperature"], row["policy"])
-        if group != shown:
-            table.add_section()
-        first = (f"{row['temperature']:g}", row["policy"], f"{row['mean_num_nodes']:.1f} of {row['num_nodes']}")
-        table.add_row(
-            *(first if group != shown else ("", "", "")),
-            _rule_name(row),
-            with_error(f"{row['tau']:.3f}", row["tau_stderr"]),
-            _difference(row),
-        )
-        shown = group
-    return table
+def acceptance_tables(rows: Seq[dict[str, Any]]) -> Group:
+    """A table per policy, a line per temperature and rule: tau and its paired difference to the policy's reference rule, each
+    with its standard error."""
+    policies = dict.fromkeys(row["policy"] for row in rows)
+    return Group(_title(rows[0]), *(_table([row for row in rows if row["policy"] == one]) for one in policies))
 
 
 def acceptance_picture(rows: Seq[dict[str, Any]], path: Path) -> None:
@@ -44,9 +32,11 @@ def acceptance_picture(rows: Seq[dict[str, Any]], path: Path) -> None:
     panels = figure.subplots(len(temperatures), 1, sharex=True, squeeze=False)[:, 0]
     for panel, temperature in zip(panels, temperatures, strict=True):
         _draw(panel, [row for row in rows if row["temperature"] == temperature], policies)
-    panels[-1].set_xticks(range(len(policies)), [textwrap.fill(policy, 22) for policy in policies], fontsize=8)
-    bars = {bar.get_label(): bar for panel in panels for bar in panel.containers}
-    figure.legend(bars.values(), bars.keys(), loc="outside right upper", fontsize=8)
+    # One value to a line: `branching=[3, 1, 1, 1, 1]` stays whole.
+    ticks = [re.sub(r"\(|, (?=\w+=)", "\n", policy.removesuffix(")")) for policy in policies]
+    panels[-1].set_xticks(range(len(policies)), ticks, fontsize=8)
+    entries = {label: bar for panel in panels for bar, label in zip(*panel.get_legend_handles_labels(), strict=True)}
+    figure.legend(entries.values(), entries.keys(), loc="outside right upper", fontsize=8)
     figure.suptitle(textwrap.fill(_title(rows[0]), 110), fontsize=9)
     figure.savefig(path, dpi=150)
 
@@ -55,37 +45,51 @@ def with_error(value: str, stderr: float | None) -> str:
     return f"{value} ± {'?' if stderr is None else f'{stderr:.3f}'}"
 
 
+def _table(rows: list[dict[str, Any]]) -> Table:
+    first = rows[0]
+    table = Table(title=f"\n{first['policy']}", title_justify="left", min_width=60)
+    for name in ("temperature", "nodes", "rule", "tau", f"difference to {first['reference_rule'] or 'no rule'}"):
+        table.add_column(name)
+    shown = None
+    for row in rows:
+        is_first = row["temperature"] != shown
+        if is_first:
+            table.add_section()
+        where = (f"{row['temperature']:g}", f"{row['mean_num_nodes']:.1f} of {row['num_nodes']}")
+        tau = with_error(f"{row['tau']:.3f}", row["tau_stderr"])
+        table.add_row(*(where if is_first else ("", "")), _rule_name(row), tau, _difference(row))
+        shown = row["temperature"]
+    return table
+
+
 def _draw(panel: Axes, rows: list[dict[str, Any]], policies: list[str]) -> None:
-    names = list(RULES)
-    for rule in (name for name in names if any(row["rule"] == name for row in rows)):
-        own = [row for row in rows if row["rule"] == rule]
-        at = []
-        for row in own:
-            beside = [row_["rule"] for row_ in rows if row_["policy"] == row["policy"]]
-            at.append(policies.index(row["policy"]) + 0.85 * ((beside.index(rule) + 0.5) / len(beside) - 0.5))
-        widths = [0.8 / sum(row_["policy"] == row["policy"] for row_ in rows) for row in own]
-        errors = [row["tau_stderr"] or 0.0 for row in own]
-        panel.bar(
-            at,
-            [row["tau"] for row in own],
-            widths,
-            yerr=errors,
-            label=_rule_name(own[0]),
-            color=colormaps["tab10"](names.index(rule) % 10),
-            hatch="" if own[0]["lossless"] else "//",
-            edgecolor="black",
-            linewidth=0.3,
-            error_kw={"linewidth": 0.8},
-        )
+    places: dict[str, list[tuple[float, float, dict[str, Any]]]] = {name: [] for name in RULES}
+    for group, policy in enumerate(policies):
+        beside = [row for row in rows if row["policy"] == policy]
+        width = 0.8 / len(beside)
+        for i, row in enumerate(beside):
+            places[row["rule"]].append((group + (i + 0.5) * width - 0.4, width, row))
+    for number, bars in enumerate(places.values()):
+        if bars:
+            at, widths, own = zip(*bars, strict=True)
+            panel.bar(
+                at,
+                [row["tau"] for row in own],
+                widths,
+                yerr=[row["tau_stderr"] or 0.0 for row in own],
+                label=_rule_name(own[0]),
+                color=colormaps["tab10"](number % 10),
+                hatch="" if own[0]["lossless"] else "//",
+                edgecolor="black",
+                linewidth=0.3,
+                error_kw={"linewidth": 0.8},
+            )
     panel.set_ylabel(f"tau, temperature {rows[0]['temperature']:g}")
-    panel.axhline(1, color="grey", linewidth=0.6)
 
 
 def _difference(row: dict[str, Any]) -> str:
-    if row["reference_rule"] is None:
+    if row["reference_rule"] in (None, row["rule"]):
         return ""
-    if row["reference_rule"] == row["rule"]:
-        return "reference"
     return with_error(f"{row['difference']:+.3f}", row["difference_stderr"])
 
 
