@@ -160,11 +160,13 @@ class _ModelRound:
         while len(at_root) < len(live):
             segments, ends, owners, packed = [], [], [], 0
             for row in live:
+                if row in at_root:
+                    continue
                 one = self._sequences[row]
                 state = self._drafter.state(one)
-                start, end = state.num_computed, min(len(one.token_ids), state.num_computed + self._drafter._CHUNK)
-                if start == end:
-                    continue
+                # The root is run again where a tree has been grown from it before: its logits are wanted once more.
+                start = min(state.num_computed, len(one.token_ids) - 1)
+                end = min(len(one.token_ids), start + self._drafter._CHUNK)
                 tokens = self._readable(torch.tensor(one.token_ids[start:end], device=self.device))
                 segments.append(Segment(one.table, start, tokens, torch.arange(start, end, device=self.device)))
                 packed += end - start

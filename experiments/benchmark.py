@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-import json
 import statistics
 import sys
 from dataclasses import asdict, replace
@@ -26,12 +23,13 @@ from specdec.experiments.contenders import (
     transformers_contenders,
 )
 from specdec.experiments.prompts import check_chat, read_prompts, uses_chat, wrap
+from specdec.experiments.resume import Measurements, digest
 from specdec.experiments.system import load_system, load_target, plain_system, target_name
 from specdec.model import PagedModel
 from specdec.provenance import device_name, provenance
 from specdec.request import encode
 from specdec.sampling import SamplingParams
-from specdec.tracking import JsonlTracker, Tracker
+from specdec.tracking import Tracker
 
 
 def run(config: BenchmarkConfig, command: str) -> int:
@@ -48,7 +46,7 @@ def run(config: BenchmarkConfig, command: str) -> int:
     systems = {overrides: system_config(overrides, config) for overrides in config.systems}
     tracker: Tracker = build(config.tracking)
     Path(config.work_dir).mkdir(parents=True, exist_ok=True)
-    raw = _Raw(Path(config.work_dir) / "raw.jsonl")
+    raw = Measurements(Path(config.work_dir) / "raw.jsonl")
     try:
         tracker.start({**asdict(config), "provenance": provenance(command)})
         loaded = {overrides: load_system(system) for overrides, system in systems.items()}
@@ -78,28 +76,6 @@ def run(config: BenchmarkConfig, command: str) -> int:
     Console(markup=False, highlight=False).print(_table(rows))
     print(f"{len(rows)} rows in {tracker.shown_path}", flush=True)
     return 0
-
-
-class _Raw(JsonlTracker):
-    """Measurements by key, kept from one process to the next."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__(path)
-        self._known: dict[str, Decoded] = {}
-        self.num_resumed = 0
-        for line in path.read_text(encoding="utf-8").splitlines():
-            # A process that was killed may have left half a line; what it measured is measured again.
-            with contextlib.suppress(json.JSONDecodeError):
-                row = json.loads(line)
-                self._known[row["key"]] = Decoded(**row["decoded"])
-
-    def get(self, key: str) -> Decoded | None:
-        found = self._known.get(key)
-        self.num_resumed += found is not None
-        return found
-
-    def put(self, key: str, name: str, prompt: int, decoded: Decoded) -> None:
-        self.row({"key": key, "name": name, "prompt": prompt, "decoded": asdict(decoded)})
 
 
 def _check_params(config: BenchmarkConfig) -> SamplingParams:
@@ -134,7 +110,7 @@ def _measure(
     contenders: list[Contender],
     prompts: list[list[int]],
     params: SamplingParams,
-    raw: _Raw,
+    raw: Measurements,
     common: dict[str, Any],
 ) -> dict[str, list[Decoded]]:
     """Every contender's measurements, in the order of the prompts."""
@@ -148,22 +124,19 @@ def _measure(
             # Nobody is always first, when the machine is cool, or always last.
             start = number % len(contenders)
             for one in contenders[start:] + contenders[:start]:
-                key = _key(one, prompt, common)
+                key = digest(one.name, one.labels, prompt, common)
                 found = raw.get(key)
-                if found is None:
+                if found is not None:
+                    run = Decoded(**found["decoded"])
+                else:
                     if one.name not in warm:
                         one.decode(prompt[:64], replace(params, max_new_tokens=min(16, params.max_new_tokens)))
                         warm.add(one.name)
-                    found = one.decode(prompt, params)
-                    raw.put(key, one.name, number, found)
-                decoded[one.name].append(found)
+                    run = one.decode(prompt, params)
+                    raw.put(key, name=one.name, prompt=number, decoded=asdict(run))
+                decoded[one.name].append(run)
                 progress.update(task, advance=1, description=one.name)
     return decoded
-
-
-def _key(contender: Contender, prompt: list[int], common: dict[str, Any]) -> str:
-    text = json.dumps([contender.name, contender.labels, prompt, common], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _rows(

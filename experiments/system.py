@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from specdec.config import EngineConfig, SystemConfig, TargetConfig
+from specdec.config import DrafterConfig, EngineConfig, SystemConfig, TargetConfig
 from specdec.engine import Engine
 from specdec.experiments.building import build, describe
 from specdec.interfaces import AcceptanceRule, Drafter, TreePolicy
@@ -56,10 +56,9 @@ def load_system(config: SystemConfig) -> System:
         raise ValueError(f"rule={rule.name} is not exact for drafter/policy={policy_config.label}: {reason}")
     if not rule.lossless and not config.allow_lossy:
         raise ValueError(f"rule={rule.name} is LOSSY: its output does not follow the target's law; allow_lossy=true")
-    if getattr(config.drafter, "path", "") is None:
-        raise ValueError(f"drafter={config.drafter.label} needs a draft model: give draft=HUB_ID_OR_PATH")
+    check_draft(config.drafter)
     labels = {
-        "drafter": _drafter_label(config),
+        "drafter": drafter_label(config.drafter),
         "policy": "none" if policy is None else describe(policy_config),
         "rule": rule.name,
         "num_nodes": 1 if policy is None else policy.max_nodes,
@@ -104,6 +103,13 @@ def model_name(path: str) -> str:
     return local.stem if local.suffix == ".gguf" else local.resolve().name
 
 
-def _drafter_label(config: SystemConfig) -> str:
-    path = getattr(config.drafter, "path", None)
-    return config.drafter.label if path is None else f"{config.drafter.label}({model_name(path)})"
+def check_draft(config: DrafterConfig) -> None:
+    """Raises ValueError where the drafter needs a draft model and none is named."""
+    if getattr(config, "path", "") is None:
+        raise ValueError(f"drafter={config.label} needs a draft model: give draft=HUB_ID_OR_PATH")
+
+
+def drafter_label(config: DrafterConfig) -> str:
+    """What rows call the drafter: its kind, and its model's name where it has one."""
+    path = getattr(config, "path", None)
+    return config.label if path is None else f"{config.label}({model_name(path)})"

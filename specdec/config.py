@@ -232,7 +232,26 @@ class CertifyConfig:
     output: str = MISSING
 
 
+@dataclass
+class AcceptanceConfig(RunConfig):
+    """`policies` holds the overrides of `drafter/policy` that one would give to `generate`, `rules` names (none: all). Of each
+    text every `stride`-th token is a root; a tree is judged with `num_repeats` seeds at once, so memory grows with
+    `num_repeats` x nodes x vocabulary. `prompts` names the prompt set in rows (None: the file's name)."""
+
+    prompts: str | None = None
+    drafter: DrafterConfig = field(default_factory=DrafterConfig)
+    draft: str | None = None
+    policies: list[str] = MISSING
+    rules: list[str] = MISSING
+    temperatures: list[float] = MISSING
+    stride: int = MISSING
+    num_repeats: int = MISSING
+    allow_lossy: bool = False
+    work_dir: str = MISSING
+
+
 SCHEMAS: dict[str, type] = {
+    "acceptance": AcceptanceConfig,
     "certify": CertifyConfig,
     "generate": GenerateConfig,
     "benchmark": BenchmarkConfig,

@@ -27,6 +27,7 @@ OPTIONS = [(group, option) for group, options in configs.groups().items() for op
 FOLDERS = {
     "generate": ["output=rows.jsonl"],
     "benchmark": ["output=rows.jsonl", "work_dir=."],
+    "acceptance": ["output=rows.jsonl", "work_dir=."],
     "certify": ["output=one.json"],
 }
 
