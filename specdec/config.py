@@ -207,10 +207,20 @@ class BenchmarkConfig(RunConfig):
     work_dir: str = MISSING
 
 
+@dataclass
+class CertifyConfig:
+    """`level` is quick or full; `rules` names the rules to certify (none: all); `output` is a .json file."""
+
+    level: str = MISSING
+    rules: list[str] = MISSING
+    output: str = MISSING
+
+
 SCHEMAS: dict[str, type] = {
     "generate": GenerateConfig,
     "benchmark": BenchmarkConfig,
     "contender": ContenderConfig,
+    "certify": CertifyConfig,
     "target": TargetConfig,
     "sampling": SamplingConfig,
     "engine": EngineConfig,
