@@ -1,90 +1,82 @@
-"""How many drafted tokens a lossless rule can accept at most, whatever it does: a linear programme over all of them.
-
-A rule sees a drawn tree t and decides, perhaps by chance, on a path v of t and one extra token y; behind them the target
-goes on by itself. So a rule is a joint law s(t, v, y) whose marginal over trees is the drafting law. It is lossless if the
-tokens follow the target's law, prefix by prefix: with M(v) the probability that the accepted path goes through v,
-
-    M(v y) + sum_t s(t, v, y) = p(y | v) M(v),        M() = 1.
-
-What it accepts is the sum of all M(v), v not empty, which the programme maximises. A coupling of whole target sequences to
-trees would promise more: there, tokens behind a mismatch may make up for the matches of other trees, and a rule cannot,
-as the target goes on by itself.
-"""
+"""The longest expected acceptance that any lossless rule can reach on given drafts: a linear programme."""
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from scipy.optimize import linprog
-from scipy.sparse import coo_array
+from scipy.sparse import coo_matrix
 
-from specdec.certificates.oracle import Scripts, TokenSpan, enumerate_outcomes, law_of
+from specdec.certificates.oracle import Scripts, TokenSpan, enumerate_outcomes
 from specdec.certificates.processes import Case
 from specdec.certificates.worlds import TableRound, World
 from specdec.drafters.growth import GrowingPolicy
-from specdec.tree import TokenTree
 
-# Of a tree only its paths matter: what a rule may accept, not how it was drawn.
 Paths = frozenset[TokenSpan]
 
 
-def drafting_laws(policy: GrowingPolicy, world: World, cases: list[Case]) -> list[dict[Paths, float]]:
-    """Per case the law of the drafted trees."""
+def optimum(policy: GrowingPolicy, world: World, case: Case) -> float:
+    """Expected tokens of a round, the extra one included, of the best lossless rule for `policy`'s drafts.
+
+    Whatever a rule does, it turns a drawn tree into a span: a path of the tree and one token behind it, with some joint
+    probability. It is lossless where those probabilities keep the law of the trees and, continued by the target's own law,
+    give the target's law of texts. Both are linear, and so is the expected length (for one level this is the transport
+    problem of Sun et al. 2023, SpecTr, section 4).
+    """
+    trees = _law_of_trees(policy, world, case)
+    length = policy.max_depth + 1
+    texts = world.stopped_law(case.kind, case.state, length)
+    number = {text: len(trees) + i for i, text in enumerate(texts)}
+    laws: dict[TokenSpan, dict[TokenSpan, float]] = {}
+    rows, columns, values, lengths = list[int](), list[int](), list[float](), list[int]()
+    for row, paths in enumerate(trees):
+        for path in ((), *paths):
+            for token in range(world.vocab_size):
+                span = (*path, token)
+                if span not in laws:
+                    laws[span] = _continued(world, case, span, length)
+                # A span that the target cannot emit has no text, and no rule may emit it.
+                if laws[span]:
+                    column = len(lengths)
+                    lengths.append(len(span))
+                    entries = [(row, 1.0), *((number[text], p) for text, p in laws[span].items())]
+                    rows += [at for at, _ in entries]
+                    columns += [column] * len(entries)
+                    values += [value for _, value in entries]
+    masses = np.array([*trees.values(), *texts.values()])
+    equations = coo_matrix((values, (rows, columns)), shape=(len(masses), len(lengths))).tocsr()
+    # The masses of trees and of texts both sum to one: with all equations, rounding would make them contradict.
+    tight = {"primal_feasibility_tolerance": 1e-10, "dual_feasibility_tolerance": 1e-10}
+    result = linprog(-np.array(lengths), A_eq=equations[:-1], b_eq=masses[:-1], method="highs", options=tight)
+    assert result.success, result.message
+    return -float(result.fun)
+
+
+def _continued(world: World, case: Case, span: TokenSpan, length: int) -> dict[TokenSpan, float]:
+    """The target's law of texts that begin with `span`; none where the target cannot emit it."""
+    state = case.state
+    for token in span:
+        if world.target_KCV[case.kind, state, token] <= 0:
+            return {}
+        state = int(world.next_CV[state, token])
+    return world.continued(case.kind, case.state, span, length)
+
+
+def _law_of_trees(policy: GrowingPolicy, world: World, case: Case) -> dict[Paths, float]:
+    """Trees as sets of token paths: what else is known of a draw cannot lengthen a match."""
 
     def run(rows: list[Case], scripts: Scripts) -> list[Paths]:
         kinds_B, states_B = (torch.tensor([getattr(row, name) for row in rows]) for name in ("kind", "state"))
-        tree = policy.grow(TableRound(world, kinds_B, states_B, [row.limit for row in rows]), scripts.noise()).tree
-        return [_paths(tree, row) for row in range(len(rows))]
+        draft = TableRound(world, kinds_B, states_B, [row.limit for row in rows])
+        tree = policy.grow(draft, scripts.noise()).tree
+        tokens, counts = tree.tokens_BN.tolist(), tree.num_nodes_B.tolist()
+        return [
+            frozenset(tuple(tokens[row][n] for n in tree.path(node, row)[1:]) for node in range(1, counts[row]))
+            for row in range(len(rows))
+        ]
 
-    return [law_of(outcomes) for outcomes in enumerate_outcomes(run, cases)]
-
-
-def optimum(world: World, kind: int, state: int, drafting_law: dict[Paths, float]) -> float:
-    """The expected number of accepted tokens, the extra one not counted, of the best lossless rule for such drafts.
-
-    Raises RuntimeError where the solver gives up.
-    """
-    nodes = sorted({path for tree in drafting_law for path in tree})
-    target = {path: world.target_KCV[kind, world.walk(path, state)].tolist() for path in nodes}
-    # Unknowns: M of every node but the root, then s of every tree, path and possible extra token.
-    column = {path: i for i, path in enumerate(nodes[1:])}
-    ends = [
-        (number, path, token)
-        for number, tree in enumerate(drafting_law)
-        for path in sorted(tree)
-        for token, p in enumerate(target[path])
-        if p > 0
-    ]
-    spans = [
-        (path, token) for path in nodes for token, p in enumerate(target[path]) if p > 0 or (*path, token) in column
-    ]
-    row = {(*path, token): len(drafting_law) + i for i, (path, token) in enumerate(spans)}
-    entries: list[tuple[int, int, float]] = []
-    wanted = [*drafting_law.values(), *(0.0 for _ in spans)]
-    for i, (number, path, token) in enumerate(ends, len(column)):
-        span = (*path, token)
-        entries += [(number, i, 1.0), (row[span], i, 1.0)]
-    for path, token in spans:
-        span = (*path, token)
-        at = row[span]
-        if span in column:
-            entries.append((at, column[span], 1.0))
-        if path:
-            entries.append((at, column[path], -target[path][token]))
-        else:
-            wanted[at] = target[path][token]
-    rows, columns, values = zip(*entries, strict=True)
-    width = len(column) + len(ends)
-    matrix = coo_array((values, (rows, columns)), shape=(len(wanted), width))
-    gain = [-1.0] * len(column) + [0.0] * len(ends)
-    # Presolve takes trees and tokens less likely than its tolerance for contradictions.
-    exact = {"presolve": False, "primal_feasibility_tolerance": 1e-10, "dual_feasibility_tolerance": 1e-10}
-    found = linprog(gain, A_eq=matrix.tocsr(), b_eq=wanted, method="highs", options=exact)
-    if found.status != 0:
-        raise RuntimeError(f"the optimum was not found: {found.message}")
-    return max(0.0, -float(found.fun))
-
-
-def _paths(tree: TokenTree, row: int) -> Paths:
-    tokens = tree.tokens_BN[row].tolist()
-    nodes = range(int(tree.num_nodes_B[row]))
-    return frozenset(tuple(tokens[n] for n in tree.path(node, row)[1:]) for node in nodes)
+    (outcomes,) = enumerate_outcomes(run, [case])
+    law: dict[Paths, float] = {}
+    for prob, paths in outcomes:
+        law[paths] = law.get(paths, 0.0) + prob
+    return law

@@ -17,8 +17,9 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from specdec.certificates.simplex import MAX_RUNNERS, WHOLE, Region, area, winning
 from specdec.interfaces import Acceptance
-from specdec.noise import Key, PositionKey, RoundKey
+from specdec.noise import GumbelKey, Key, PositionKey, RoundKey
 from specdec.tree import DrawKind, TokenTree
 
 C = TypeVar("C")
@@ -55,6 +56,8 @@ class Script:
         self._share = share
         # Where the uniform number behind each used key must lie for the outcomes so far.
         self._interval: dict[tuple[object, ...], tuple[float, float]] = {}
+        # Where the exponential numbers behind each Gumbel key must lie, up to their common scale.
+        self._region: dict[tuple[object, ...], Region] = {}
 
     def choose(self, key: tuple[object, ...], weights: list[float]) -> int:
         """The outcome of inverting the cumulative `weights` at the key's uniform number."""
@@ -80,6 +83,27 @@ class Script:
             taken, interval = possible[0]
             self.alternatives += [[*self.made, other] for other, _ in possible[1:]]
         self._interval[key] = interval
+        self.made.append(taken)
+        self.prob *= taken.prob
+        return taken.outcome
+
+    def race(self, key: tuple[object, ...], rates: list[float]) -> int:
+        """The winner of argmin e_v / `rates`_v, the exponential e_v being the key's own; a key serves many races."""
+        within = self._region.get(key, WHOLE)
+        regions = winning(within, rates)
+        whole = area(within)
+        probs = {token: area(region) / whole for token, region in regions.items()}
+        step = len(self.made)
+        if step < len(self.forced):
+            taken = self.forced[step]
+            if taken.key != key or abs(probs.get(taken.outcome, 0.0) - taken.prob) > 1e-12:
+                raise BatchDependentError(f"choice {step} was {taken} and is now {(key, rates)}")
+        else:
+            # A sliver that is all rounding would be an outcome of probability zero.
+            possible = [Choice(key, token, prob) for token, prob in probs.items() if prob > 1e-14]
+            taken = possible[0]
+            self.alternatives += [[*self.made, other] for other in possible[1:]]
+        self._region[key] = regions[taken.outcome]
         self.made.append(taken)
         self.prob *= taken.prob
         return taken.outcome
@@ -139,8 +163,16 @@ class EnumeratingNoise:
         outcomes = []
         for i, row in enumerate(rows.tolist()):
             case, member = divmod(self._owners[row], self._scripts.rows_per_case)
+            name: tuple[object, ...]
+            if isinstance(key, GumbelKey):
+                name = ("gumbel", member, self._positions[row] + key.depth + 1)
+                script = self._scripts.scripts[case]
+                # Of more tokens than the geometry is made for, only a lone race can be enumerated: it is a plain draw.
+                race = script.race if len(weights[i]) <= MAX_RUNNERS else script.choose
+                outcomes.append(race(name, weights[i]))
+                continue
             if isinstance(key, PositionKey):
-                name: tuple[object, ...] = ("target", member, self._positions[row] + key.depth + 1)
+                name = ("target", member, self._positions[row] + key.depth + 1)
             else:
                 name = (key.purpose, member, self._rounds[row], indices[i])
             outcomes.append(self._scripts.scripts[case].choose(name, weights[i]))

@@ -218,7 +218,7 @@ def _table(rows: list[dict[str, Any]]) -> Table:
         table.add_column(name)
     for row in rows:
         table.add_row(
-            f"{row['system']} {row['drafter']}",
+            f"{row['system']} {row['drafter']}{'' if row['lossless'] else ' LOSSY'}",
             row["policy"],
             f"{row['tokens_per_s']:.1f}",
             f"{row['speedup']:.2f}x",

@@ -1,90 +1,170 @@
-"""Prove by enumeration that rules keep the target's law on the trees they take, and that known mistakes would be caught."""
+"""Prove the acceptance rules exact: enumerate the law of what they emit, and catch every known mistake."""
 
 from __future__ import annotations
 
 import json
+import math
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-import torch
+from matplotlib.figure import Figure
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.table import Table
 
 from specdec.certificates import Certificate, certify
-from specdec.certificates.mutants import MUTANTS, Trial, attempt
-from specdec.certificates.suite import Draft, combinations
+from specdec.certificates.catalogue import MUTANTS
+from specdec.certificates.certify import best_length
+from specdec.certificates.checks import TOLERANCE
+from specdec.certificates.mutants import Mutant, mutated, verdict
 from specdec.config import CertifyConfig
-from specdec.experiments.certificate_report import mutant_row, rule_row, rules_table, save_picture, verdict
+from specdec.drafters import Coupled, Mixed, Sampled, Static, TopK, chain
+from specdec.drafters.growth import GrowingPolicy
 from specdec.provenance import provenance
 from specdec.verifiers import RULES
 
+QUICK: dict[str, GrowingPolicy] = {
+    "chain 2": chain(2),
+    "chain 3 iid": chain(3, "iid"),
+    "top_k 6": TopK(total=6, depth=2, k=2),
+    "[2,2] iid": Sampled([2, 2]),
+    "[2,2] without": Sampled([2, 2], "without_replacement"),
+    "[2,2] mixed": Mixed([2, 2]),
+    "coupled 4": Coupled(total=4, depth=2, k=2),
+}
+FULL = QUICK | {
+    "static": Static([[0], [1], [0, 0], [0, 1], [1, 0]]),
+    "chain 4 iid": chain(4, "iid"),
+    "[3] iid": Sampled([3]),
+    "[3,1] without": Sampled([3, 1], "without_replacement"),
+    "[2,1,1] mixed": Mixed([2, 1, 1]),
+    "coupled 6": Coupled(total=6, depth=2, k=2),
+}
+
 
 def run(config: CertifyConfig, command: str) -> int:
-    """Certifies every chosen rule on every policy it takes, and tries all mutants; writes `output` and a picture beside it.
+    """Certifies every rule with every policy that it accepts, then plants the mutants; exit status 1 when not passed.
 
-    Returns 1 where a lossless rule is not exact or a mutant is not caught. Raises ValueError for what can be seen to be
-    wrong before anything is computed.
+    Raises ValueError for an unknown level or rule, before anything is run.
     """
-    chosen = list(combinations(config.level, config.rules))
-    path = _output(config.output)
-    # The tensors are small and many: threads would only cost.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        certificates, trials = _prove(chosen)
-    finally:
-        torch.set_num_threads(threads)
-    passed = all(one.holds for one in certificates) and all(trial.caught for trial in trials)
+    if config.level not in ("quick", "full"):
+        raise ValueError(f"level={config.level!r} is unknown; use quick or full")
+    for name in config.rules:
+        if name not in RULES:
+            raise ValueError(f"rules: {name!r} is no rule; known are {', '.join(sorted(RULES))}")
+    names = list(config.rules) or list(RULES)
+    policies = FULL if config.level == "full" else QUICK
+    pairs = [(rule, tree) for tree in policies for rule in names if RULES[rule]().accepts(policies[tree].spec) is None]
+    rules, mutants = list[dict[str, Any]](), list[dict[str, Any]]()
+    optima: dict[str, float] = {}
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        task = progress.add_task("rules", total=len(pairs))
+        for rule, tree in pairs:
+            found = certify(RULES[rule](), policies[tree], generations=config.level == "full", with_optimum=False)
+            if tree not in optima:
+                optima[tree] = best_length(policies[tree])
+            rules.append(_rule_row(found, tree, optima[tree]))
+            progress.update(task, advance=1, description=f"{rule}, {tree}")
+        task = progress.add_task("mutants", total=len(MUTANTS))
+        for row in _mutant_rows():
+            mutants.append(row)
+            progress.update(task, advance=1, description=row["name"])
+    passed = all(row["passed"] for row in rules) and all(row["caught"] for row in mutants)
     report = {
-        "rules": [rule_row(one) for one in certificates],
-        "mutants": [mutant_row(trial) for trial in trials],
+        "experiment": "certify",
+        "level": config.level,
+        "tolerance": TOLERANCE,
+        "rules": rules,
+        "mutants": mutants,
         "real": [],
         "numerics": {},
         "passed": passed,
-        "level": config.level,
         **provenance(command),
     }
-    path.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    picture = path.with_suffix(".png")
-    save_picture(certificates, picture)
-    console = Console(markup=False, highlight=False)
-    console.print(rules_table(certificates))
-    print(f"{verdict(certificates, trials, passed)}\n{path}\n{picture}", flush=True)
+    output = Path(config.output)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    picture = output.with_suffix(".png")
+    _draw(rules, picture)
+    Console(markup=False, highlight=False).print(_table(rules))
+    caught = sum(row["caught"] for row in mutants)
+    print(f"{caught} of {len(mutants)} mutants caught{_missed(mutants)}")
+    print(f"{'passed' if passed else 'NOT PASSED'}: {config.output}, {picture}", flush=True)
     return 0 if passed else 1
 
 
-def _prove(chosen: list[tuple[str, Draft]]) -> tuple[list[Certificate], list[Trial]]:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    console = Console(stderr=True)
-    certificates, trials = [], []
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        task = progress.add_task("certificates", total=len(chosen) + len(MUTANTS))
-        for name, draft in chosen:
-            progress.update(task, description=f"{name} on {draft.name}")
-            certificates.append(
-                certify(RULES[name](), draft.policy, vocabs=draft.vocabs, length=draft.length, tree=draft.name)
-            )
-            progress.advance(task)
-        for mutant in MUTANTS:
-            progress.update(task, description=f"mutant: {mutant.name}")
-            trials.append(attempt(mutant))
-            progress.advance(task)
-    return certificates, trials
+def _rule_row(found: Certificate, tree: str, optimum: float) -> dict[str, Any]:
+    spec = FULL[tree].spec
+    return {
+        "rule": found.rule,
+        "kind": "+".join(kind.name.lower() for kind in sorted(spec.kinds)),
+        "tree": tree,
+        "lossless": found.lossless,
+        "max_error": found.max_error,
+        "errors": found.errors,
+        "expected_accepted": found.expected_accepted,
+        "optimum": optimum,
+        "passed": found.passed,
+    }
 
 
-def _output(text: str) -> Path:
-    """The file of the results, found to be writable before minutes are spent on them."""
-    path = Path(text)
-    if path.suffix != ".json":
-        raise ValueError(f"output={text} must end in .json; the picture takes the same name with .png")
-    try:
-        is_new = not path.exists()
-        path.open("a").close()
-    except OSError as error:
-        raise ValueError(f"cannot write to {path}: {error.strerror or error}") from error
-    if is_new:
-        path.unlink()
-    return path
+def _mutant_rows() -> Iterator[dict[str, Any]]:
+    """A mutant counts as caught only where the code as it is passes the same check."""
+    clean: dict[int, bool] = {}
+    for mutant in MUTANTS:
+        if id(mutant.check) not in clean:
+            clean[id(mutant.check)] = verdict(mutant.check)[0] == "nothing"
+        yield _mutant_row(mutant, clean[id(mutant.check)])
+
+
+def _mutant_row(mutant: Mutant, is_clean: bool) -> dict[str, Any]:
+    with mutated(mutant):
+        by, effect = verdict(mutant.check)
+    finite = None if math.isnan(effect) else effect
+    return {"name": mutant.name, "caught": is_clean and by != "nothing", "by": by, "effect": finite}
+
+
+def _missed(mutants: list[dict[str, Any]]) -> str:
+    missed = [row["name"] for row in mutants if not row["caught"]]
+    return f"; missed: {', '.join(missed)}" if missed else ""
+
+
+def _table(rows: list[dict[str, Any]]) -> Table:
+    title = "Error of the joint law, and expected tokens of a round"
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
+    for name in ("tree", "rule", "max error", "expected", "optimum", "kind"):
+        table.add_column(name, no_wrap=True)
+    for row in rows:
+        state = " LOSSY" if not row["lossless"] else "" if row["passed"] else " WRONG"
+        lengths = (f"{row['expected_accepted']:.4f}", f"{row['optimum']:.4f}")
+        table.add_row(row["tree"], row["rule"] + state, f"{row['max_error']:.1e}", *lengths, row["kind"])
+    return table
+
+
+def _draw(rows: list[dict[str, Any]], path: Path) -> None:
+    """Expected tokens of a round per tree and rule, a line at the most that any lossless rule can reach."""
+    trees = list(dict.fromkeys(row["tree"] for row in rows))
+    names = [name for name in RULES if any(row["rule"] == name and row["lossless"] for row in rows)]
+    figure = Figure(figsize=(1.4 * len(trees) + 2, 4.5), layout="constrained")
+    axes = figure.subplots()
+    width = 0.8 / max(len(names), 1)
+    for i, name in enumerate(names):
+        of_rule = {row["tree"]: row["expected_accepted"] for row in rows if row["rule"] == name}
+        places = [at + (i - len(names) / 2 + 0.5) * width for at, tree in enumerate(trees) if tree in of_rule]
+        axes.bar(places, [of_rule[tree] for tree in trees if tree in of_rule], width, label=name)
+    for at, tree in enumerate(trees):
+        best = next(row["optimum"] for row in rows if row["tree"] == tree)
+        axes.hlines(best, at - 0.45, at + 0.45, colors="black", label="optimum" if at == 0 else "_")
+    axes.set_xticks(range(len(trees)), trees, rotation=20, ha="right")
+    axes.set_ylabel("expected tokens of a round")
+    axes.set_ylim(bottom=1)
+    axes.legend(ncols=4, fontsize="small", loc="lower center", bbox_to_anchor=(0.5, 1.0))
+    figure.savefig(path, dpi=120)
 
 
 if __name__ == "__main__":

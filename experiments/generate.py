@@ -86,7 +86,7 @@ class _Session:
             "chat": chat,
         }
         engine = system.engine(target, config.engine)
-        plain = plain_system().engine(target, config.engine) if config.compare else None
+        plain = plain_system(system.rule).engine(target, config.engine) if config.compare else None
         return _Session(config, prompts, params, tracker, engine, plain, chat, labels)
 
     def decode(self) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 from rich.table import Table
 
 from specdec.experiments.measurement import Measurement
+from specdec.experiments.system import SAME_TEXT
 from specdec.request import Result
 
 
@@ -59,7 +60,7 @@ def same_text(pairs: Sequence[tuple[Result, Result]], labels: dict[str, Any]) ->
         text += f"; first difference at token {where} of prompt {pairs.index(differing[0])}"
     if not labels["lossless"]:
         return f"{text} (the rule is LOSSY)"
-    if labels["temperature"] > 0 and labels["rule"] != "follow":
+    if labels["temperature"] > 0 and labels["rule"] not in SAME_TEXT:
         return f"{text} (the law is the same, the random draws are others)"
     if labels["dtype"] != "float32":
         return f"{text} ({labels['dtype']}: near-ties round differently; target.dtype=float32 to be sure)"

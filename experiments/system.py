@@ -12,7 +12,10 @@ from specdec.experiments.building import build, describe
 from specdec.interfaces import AcceptanceRule, Drafter, TreePolicy
 from specdec.loading import embedded_model_path
 from specdec.model import PagedModel
-from specdec.verifiers import Follow, Verifier
+from specdec.verifiers import Coupled, Follow, Verifier
+
+# Rules that emit, for the same seed, what plain decoding under them emits.
+SAME_TEXT = (Follow.name, Coupled.name)
 
 
 @dataclass(frozen=True)
@@ -66,10 +69,12 @@ def load_system(config: SystemConfig) -> System:
     return System(drafter, policy, rule, labels, config.allow_lossy)
 
 
-def plain_system() -> System:
-    """Plain decoding under `follow`, the rule whose drafts change no token of it."""
-    labels = {"drafter": "plain", "policy": "none", "rule": Follow.name, "num_nodes": 1, "lossless": Follow.lossless}
-    return System(None, None, Follow(), labels)
+def plain_system(rule: AcceptanceRule | None = None) -> System:
+    """Plain decoding, beside which speculation under `rule` is put: drawn as that rule draws the target's tokens where its
+    drafts change none of them, else as `follow` does."""
+    plain = rule if rule is not None and rule.name in SAME_TEXT else Follow()
+    labels = {"drafter": "plain", "policy": "none", "rule": plain.name, "num_nodes": 1, "lossless": plain.lossless}
+    return System(None, None, plain, labels)
 
 
 def load_target(config: TargetConfig) -> PagedModel:

@@ -58,6 +58,11 @@ class TopKConfig(PolicyConfig):
 
 
 @dataclass
+class CoupledConfig(TopKConfig):
+    label: ClassVar[str] = "coupled"
+
+
+@dataclass
 class SampledConfig(PolicyConfig):
     label: ClassVar[str] = "sampled"
     branching: list[int] = MISSING
@@ -101,6 +106,17 @@ class SmallModelConfig(DrafterConfig):
 @dataclass
 class RuleConfig:
     _target_: str = MISSING
+
+
+@dataclass
+class TypicalConfig(RuleConfig):
+    epsilon: float = MISSING
+    delta: float = MISSING
+
+
+@dataclass
+class ThresholdConfig(RuleConfig):
+    threshold: float = MISSING
 
 
 @dataclass
@@ -209,7 +225,7 @@ class BenchmarkConfig(RunConfig):
 
 @dataclass
 class CertifyConfig:
-    """`level` is quick or full; `rules` names the rules to certify (none: all); `output` is a .json file."""
+    """`level` quick or full; `rules` names the rules (none: all of them)."""
 
     level: str = MISSING
     rules: list[str] = MISSING
@@ -217,20 +233,23 @@ class CertifyConfig:
 
 
 SCHEMAS: dict[str, type] = {
+    "certify": CertifyConfig,
     "generate": GenerateConfig,
     "benchmark": BenchmarkConfig,
     "contender": ContenderConfig,
-    "certify": CertifyConfig,
     "target": TargetConfig,
     "sampling": SamplingConfig,
     "engine": EngineConfig,
     "rule": RuleConfig,
+    "rule/typical": TypicalConfig,
+    "rule/threshold": ThresholdConfig,
     "drafter/none": DrafterConfig,
     "drafter/ngram": NGramConfig,
     "drafter/small_model": SmallModelConfig,
     "policy/chain": ChainConfig,
     "policy/static": StaticConfig,
     "policy/top_k": TopKConfig,
+    "policy/coupled": CoupledConfig,
     "policy/sampled": SampledConfig,
     "policy/mixed": MixedConfig,
     "tracking/jsonl": TrackingConfig,

@@ -12,7 +12,7 @@ from torch import Tensor
 _GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)
 _MIX_1 = 0xBF58476D1CE4E5B9 - (1 << 64)
 _MIX_2 = 0x94D049BB133111EB - (1 << 64)
-_PURPOSES = {"target": 1, "draft": 2, "accept": 3, "residual": 4}
+_PURPOSES = {"target": 1, "draft": 2, "accept": 3, "residual": 4, "gumbel": 5}
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,18 @@ class RoundKey:
             raise ValueError(f"purpose {self.purpose!r} is not keyed by round; use draft, accept or residual")
 
 
-Key = PositionKey | RoundKey
+@dataclass(frozen=True)
+class GumbelKey:
+    """The target's own token as for `PositionKey`, drawn by Gumbel noise: argmax of log p(v) + g(v), g keyed by position.
+
+    The one key that may serve many choices, all decided by the same g: that is how a drafter looks at the noise that the
+    target will be drawn with (argmax of log q(v) + g(v), the runners-up by removing the winner and asking again).
+    """
+
+    depth: int
+
+
+Key = PositionKey | GumbelKey | RoundKey
 
 
 class CounterNoise:
@@ -66,7 +77,7 @@ class CounterNoise:
         )
         return part
 
-    def uniform(self, key: Key, rows: Tensor) -> Tensor:
+    def uniform(self, key: PositionKey | RoundKey, rows: Tensor) -> Tensor:
         """One float64 in [0, 1) per row."""
         index: int | Tensor
         if isinstance(key, PositionKey):
@@ -87,13 +98,26 @@ class CounterNoise:
         return self.uniform(key, rows) < prob_B
 
     def categorical(self, probs_BV: Tensor, key: Key, rows: Tensor) -> Tensor:
-        """One token per row by inversion of the cumulative law in float64; a token of probability zero is never drawn."""
+        """One token per row by inversion of the cumulative law in float64, or by Gumbel noise under a `GumbelKey`; a token of
+        probability zero is never drawn."""
+        if isinstance(key, GumbelKey):
+            return self._gumbel_max(probs_BV, key, rows)
         cumulative = probs_BV.cumsum(-1, dtype=torch.float64)
         total = cumulative[:, -1:].contiguous()
         token = torch.searchsorted(cumulative, self.uniform(key, rows)[:, None] * total, right=True)
         # Only a law without mass (the residual of a row that needs none) or with a subnormal total points past its last
         # possible token; the caller then gets an index inside the vocabulary.
         return torch.minimum(token, torch.searchsorted(cumulative, total)).squeeze(1)
+
+    def _gumbel_max(self, probs_BV: Tensor, key: GumbelKey, rows: Tensor) -> Tensor:
+        # argmax of log p + g is argmin of e / p with e exponential; only tokens with mass need a number.
+        at, token = (probs_BV > 0).nonzero(as_tuple=True)
+        state = _mix(_mix(self.seeds_B[rows]) + _PURPOSES["gumbel"]) ^ (self.positions_B[rows] + (key.depth + 1))
+        bits = _mix(_mix(state)[at] + token) >> 11 & ((1 << 53) - 1)
+        # Between the grid points of 53 bits, so that the logarithm is of neither 0 nor 1.
+        exponential = -((bits.double() + 0.5) * 2.0**-53).log()
+        times = torch.full(probs_BV.shape, torch.inf, dtype=torch.float64, device=probs_BV.device)
+        return times.index_put((at, token), exponential / probs_BV[at, token].double()).argmin(-1)
 
 
 def _mix(state: Tensor) -> Tensor:

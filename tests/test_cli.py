@@ -84,7 +84,7 @@ def test_help_names_every_experiment(capsys: pytest.CaptureFixture[str]) -> None
     for name in ("generate", "benchmark"):
         assert f"\n  {name} " in out
     assert cli.main(["generate", "--help"]) == 0
-    assert "drafter/policy  chain, mixed, sampled, static, top_k" in capsys.readouterr().out
+    assert "drafter/policy  chain, coupled, mixed, sampled, static, top_k" in capsys.readouterr().out
     assert cli.main(["generate", "--cfg", "job"]) == 0
     assert "specdec.drafters.NGramDrafter" in capsys.readouterr().out
 
@@ -95,8 +95,15 @@ def test_help_names_every_experiment(capsys: pytest.CaptureFixture[str]) -> None
         ("genrate prompt=a", ["unknown experiment 'genrate'", "did you mean 'generate'", "benchmark, "]),
         ("generate --verbose", ["--verbose", "--multirun"]),
         ("generate hello", ["'hello'", "key=value"]),
-        ("generate rule=fellow", ["rule=fellow", "'follow'", "follow, rejection"]),
-        ("generate drafter/policy=tree", ["drafter/policy=tree", "chain, mixed, sampled, static, top_k"]),
+        (
+            "generate rule=fellow",
+            [
+                "rule=fellow",
+                "'follow'",
+                "block, coupled, follow, kseq, recursive, rejection, threshold, traversal, typical",
+            ],
+        ),
+        ("generate drafter/policy=tree", ["drafter/policy=tree", "chain, coupled, mixed, sampled, static, top_k"]),
         ("generate sampling=3", ["sampling=3", "default, greedy, nucleus"]),
         ("generate rul=follow", ["'rul'", "rule"]),
         ("generate sampling.temprature=1", ["'sampling.temprature'", "sampling.temperature?"]),

@@ -24,7 +24,11 @@ ENTRIES = sorted(path.stem for path in (ROOT / "configs").glob("*.yaml") if path
 EXPERIMENTS = [name for name in ENTRIES if (ROOT / "experiments" / f"{name}.py").exists()]
 OPTIONS = [(group, option) for group, options in configs.groups().items() for option in options]
 # Without a run of Hydra there is no run folder for rows to go to.
-FOLDERS = {"generate": ["output=rows.jsonl"], "benchmark": ["output=rows.jsonl", "work_dir=."]}
+FOLDERS = {
+    "generate": ["output=rows.jsonl"],
+    "benchmark": ["output=rows.jsonl", "work_dir=."],
+    "certify": ["output=one.json"],
+}
 
 
 def compose(experiment: str, *overrides: str):

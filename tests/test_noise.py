@@ -9,7 +9,7 @@ from scipy import stats
 from torch import Tensor
 
 from specdec.interfaces import Noise
-from specdec.noise import CounterNoise, Key, PositionKey, RoundKey
+from specdec.noise import CounterNoise, GumbelKey, Key, PositionKey, RoundKey
 
 Purpose = Literal["draft", "accept", "residual"]
 ROUND_PURPOSES: tuple[Purpose, ...] = get_args(Purpose)
@@ -328,3 +328,50 @@ def test_coins_fall_as_often_as_they_should(prob: float) -> None:
     noise = CounterNoise(range(COUNT), [0] * COUNT, [0] * COUNT)
     heads = noise.bernoulli(torch.full((COUNT,), prob), RoundKey("accept", 1), _arange(COUNT)).sum()
     assert stats.binomtest(int(heads), COUNT, prob).pvalue > LEAST_P
+
+
+def test_gumbel_noise_draws_the_law_and_is_keyed_by_position() -> None:
+    probs = torch.tensor([0.5, 0.0, 0.3, 0.15, 0.05], dtype=torch.float64)
+    rows = torch.arange(40_000)
+    noise = CounterNoise(rows.tolist(), [0] * len(rows), [7] * len(rows))
+    tokens = noise.categorical(probs.expand(len(rows), -1), GumbelKey(2), rows)
+    counts = torch.bincount(tokens, minlength=5).double()
+    assert counts[1] == 0
+    possible = probs > 0
+    chi2 = float(((counts - len(rows) * probs)[possible] ** 2 / (len(rows) * probs)[possible]).sum())
+    # 0.999 quantile of chi-square with 3 degrees of freedom.
+    assert chi2 < 16.3
+    later = CounterNoise(rows.tolist(), [5] * len(rows), [9] * len(rows))
+    assert torch.equal(later.categorical(probs.expand(len(rows), -1), GumbelKey(0), rows), tokens)
+    other = later.categorical(probs.expand(len(rows), -1), GumbelKey(1), rows)
+    agree = float((other == tokens).double().mean())
+    assert abs(agree - float((probs**2).sum())) < 0.02
+
+
+def test_gumbel_noise_is_shared_between_laws_and_goes_on_without_the_winner() -> None:
+    rows = torch.arange(20_000)
+    noise = CounterNoise(rows.tolist(), [0] * len(rows), [0] * len(rows))
+    p = torch.tensor([0.4, 0.4, 0.2], dtype=torch.float64).expand(len(rows), -1)
+    q = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64).expand(len(rows), -1)
+    one, other = (noise.categorical(law, GumbelKey(0), rows) for law in (p, q))
+    # Independent draws would agree in 0.36 of the cases; by one noise no less than (1 - tv) / (1 + tv) = 0.82 do.
+    assert float((one == other).double().mean()) > 0.81
+    left = p.scatter(1, one[:, None], 0.0)
+    second = noise.categorical(left / left.sum(1, keepdim=True), GumbelKey(0), rows)
+    assert not bool((second == one).any())
+    # Without replacement, the pair (0, 1) has probability 0.4 * 0.4 / 0.6.
+    share = float(((one == 0) & (second == 1)).double().mean())
+    assert abs(share - 0.4 * 0.4 / 0.6) < 0.015
+
+
+def test_gumbel_noise_does_not_depend_on_batch_mates_and_serves_one_hot_laws() -> None:
+    probs = torch.rand(3, 50, generator=torch.Generator().manual_seed(0))
+    probs[1] = 0
+    probs[1, 17] = 1
+    noise = CounterNoise([3, 4, 5], [0] * 3, [1, 2, 3])
+    together = noise.categorical(probs, GumbelKey(0), torch.arange(3))
+    assert int(together[1]) == 17
+    for row in range(3):
+        assert torch.equal(noise.categorical(probs[row : row + 1], GumbelKey(0), torch.tensor([row]))[0], together[row])
+    with pytest.raises(TypeError, match="coins are keyed by round"):
+        noise.bernoulli(torch.ones(3), GumbelKey(0), torch.arange(3))

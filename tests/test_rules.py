@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import random
 from collections.abc import Sequence as Seq
 from dataclasses import replace
@@ -11,6 +12,15 @@ import pytest
 import torch
 
 from specdec import SamplingParams
+from specdec.certificates.checks import (
+    STOP,
+    TOLERANCE,
+    Alternating,
+    generation_error,
+    penalised_error,
+    recorded_error,
+    seed_mismatch,
+)
 from specdec.certificates.oracle import (
     BatchDependentError,
     KeyReusedError,
@@ -21,7 +31,6 @@ from specdec.certificates.oracle import (
     enumerate_outcomes,
     law_of,
     product_law,
-    recorded_prob,
     spans,
 )
 from specdec.certificates.processes import (
@@ -31,17 +40,14 @@ from specdec.certificates.processes import (
     ragged_cases,
     round_error,
     round_laws,
-    toy_engine,
 )
-from specdec.certificates.worlds import KINDS, FixedLaws, TableRound, World
-from specdec.drafters import Mixed, Sampled, Static, TopK, chain
-from specdec.drafters.growth import Grown
-from specdec.interfaces import AcceptanceRule, Noise, TreePolicy
+from specdec.certificates.worlds import KINDS, FixedLaws, World
+from specdec.drafters import Coupled, Mixed, Sampled, Static, TopK, chain
+from specdec.interfaces import Noise, TreePolicy
 from specdec.noise import PositionKey, RoundKey
 from specdec.tree import DrawKind, TokenTree, TreeSpec
-from specdec.verifiers import RULES, Follow, Rejection, Verifier
+from specdec.verifiers import RULES, Follow, Rejection, Threshold, Typical, Verifier
 
-TOLERANCE = 1e-12
 BUSHY = [[0], [1], [0, 0], [0, 1], [1, 0]]
 
 # Policies with the vocabulary they are enumerated on; trees that draw a lot get the smaller one.
@@ -60,24 +66,29 @@ POLICIES: dict[str, tuple[TreePolicy, int]] = {
     "mixed": (Mixed([3, 2]), 4),
     "mixed_deep": (Mixed([2, 1, 1]), 3),
     "mixed_chain": (Mixed([1, 1]), 4),
+    "coupled": (Coupled(total=6, depth=2, k=2), 3),
+    "coupled_chain": (Coupled(total=4, depth=3, k=1), 3),
 }
-EXACT = [
-    (name, rule)
-    for name, (policy, _) in POLICIES.items()
-    for rule in RULES
-    if RULES[rule]().accepts(policy.spec) is None
-]
+
+
+def exact(spec: TreeSpec) -> list[str]:
+    """The lossless rules that take such trees."""
+    return [name for name, rule in RULES.items() if rule.lossless and rule().accepts(spec) is None]
+
+
+EXACT = [(name, rule) for name, (policy, _) in POLICIES.items() for rule in exact(policy.spec)]
 DRAWN = [name for name, (policy, _) in POLICIES.items() if policy.spec.is_sampled]
 
 
-def test_both_rules_meet_many_policies() -> None:
-    assert [rule for _, rule in EXACT].count("follow") == len(POLICIES)
-    assert [name for name, rule in EXACT if rule == "rejection"] == [
-        "chain",
-        "chain_iid",
-        "chain_without",
-        "mixed_chain",
-    ]
+def test_every_rule_meets_the_policies_it_is_made_for() -> None:
+    met = {rule: [name for name, other in EXACT if other == rule] for rule in RULES}
+    chains = ["chain", "chain_iid", "chain_without", "mixed_chain", "coupled_chain"]
+    assert met == {
+        **{rule: list(POLICIES) for rule in ("follow", "recursive", "traversal", "coupled")},
+        **{rule: chains for rule in ("rejection", "block")},
+        "kseq": ["chain_iid", "iid", "iid_bush", "iid_star", "mixed_chain"],
+        **{rule: [] for rule in ("typical", "threshold")},
+    }
 
 
 @pytest.mark.parametrize(("policy", "rule"), EXACT)
@@ -97,46 +108,7 @@ def test_trees_are_drawn_with_the_recorded_laws(policy: str) -> None:
     assert recorded_error(grown, world) < TOLERANCE
 
 
-def recorded_error(policy: TreePolicy, world: World) -> float:
-    """The largest difference between a tree's probability and what its draws, kinds and draft laws say it is."""
-
-    def run(rows: list[Case], scripts: Scripts) -> list[float]:
-        kinds_B, states_B = (torch.tensor([getattr(row, name) for row in rows]) for name in ("kind", "state"))
-        draft = TableRound(world, kinds_B, states_B, [row.limit for row in rows])
-        tree = policy.grow(draft, scripts.noise()).tree
-        return [recorded_prob(tree, row) for row in range(len(rows))]
-
-    outcomes = enumerate_outcomes(run, ragged_cases(world, policy.max_depth))
-    assert all(abs(sum(prob for prob, _ in case) - 1) < TOLERANCE for case in outcomes)
-    return max(abs(prob - recorded) for case in outcomes for prob, recorded in case)
-
-
-class Alternating:
-    """Chains whose tokens are FIXED and drawn by turns, starting with either: a tree's draws need not be of one kind."""
-
-    spec = TreeSpec(frozenset({DrawKind.FIXED, DrawKind.IID}), is_chain=True)
-    max_depth, max_nodes, max_expanded = 3, 4, 3
-
-    def grow(self, draft: TableRound, noise: Noise) -> Grown:
-        tokens, laws, kinds = [draft.roots_B], [], []
-        following = draft.expand_root()
-        for depth in range(self.max_depth):
-            paths = torch.stack([*tokens[1:], torch.full_like(draft.roots_B, -1)], 1)[:, None]
-            law_BV = following.laws(paths)[:, 0]
-            is_fixed_B = (draft.kinds_B + depth) % 2 == 0
-            rows = (~is_fixed_B).nonzero()[:, 0]
-            drawn = noise.categorical(law_BV[rows], RoundKey("draft", depth), rows)
-            tokens.append(law_BV.argmax(1).index_copy(0, rows, drawn))
-            laws.append(law_BV)
-            kinds.append(torch.where(is_fixed_B, DrawKind.FIXED, DrawKind.IID))
-            if depth + 1 < self.max_depth:
-                following = draft.expand(tokens[-1][:, None], torch.full_like(tokens[-1][:, None], depth), depth + 1)
-        laws_BNV = torch.stack([*laws, torch.zeros_like(laws[0])], 1)
-        tree = TokenTree.chain(torch.stack(tokens, 1), laws_BNV, DrawKind.IID)
-        return Grown(replace(tree, kinds_BM=torch.stack(kinds, 1)), torch.zeros_like(tree.tokens_BN))
-
-
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", exact(Alternating.spec))
 def test_fixed_and_drawn_tokens_alternate(rule: str) -> None:
     world = World.tree(3, 5).select(*(kind for kind in KINDS if kind != "silent_draft"))
     cases = [Case(kind, 0, 3) for kind in range(len(world.kinds))]
@@ -183,7 +155,7 @@ PAIRED: dict[str, TreePolicy] = {
     "without": Sampled([2], "without_replacement"),
     "mixed": Mixed([2, 1]),
 }
-PAIRED_EXACT = [(name, rule) for name in PAIRED for rule in RULES if RULES[rule]().accepts(PAIRED[name].spec) is None]
+PAIRED_EXACT = [(name, rule) for name in PAIRED for rule in exact(PAIRED[name].spec)]
 
 
 @pytest.mark.parametrize(("policy", "rule"), PAIRED_EXACT)
@@ -217,35 +189,24 @@ ENGINE: dict[str, TreePolicy] = {
     "iid": Sampled([2, 1]),
     "without": Sampled([2, 1], "without_replacement"),
     "mixed": Mixed([2, 1]),
+    "coupled": Coupled(total=5, depth=2, k=2),
 }
-ENGINE_EXACT = [(name, rule) for name in ENGINE for rule in RULES if RULES[rule]().accepts(ENGINE[name].spec) is None]
-PROMPTS = [((0,),), ((1, 2),), ((2, 1, 0, 1),)]
-STOP = 2
+ENGINE_EXACT = [(name, rule) for name in ENGINE for rule in exact(ENGINE[name].spec)]
 
 
 @pytest.mark.parametrize(("policy", "rule"), ENGINE_EXACT)
 def test_whole_generations_keep_the_law(policy: str, rule: str) -> None:
     """Several rounds, stop token and length limit inside accepted spans, prompts of several chunks."""
     # A rule that does not ask for the drafts' law leaves every outcome of theirs to be followed up.
-    grown, length = ENGINE[policy], 3 if rule == "follow" and ENGINE[policy].spec.is_sampled else 4
+    grown = ENGINE[policy]
+    length = 3 if (rule in ("follow", "coupled") and grown.spec.is_sampled) or policy == "coupled" else 4
     for kinds in (("sharp", "independent", "zeros"), ("close", "one_hot_target", "silent_draft")):
         # The longest prompt and all that may be drafted behind it.
         world = World.tree(3, length + 4).select(*kinds)
         assert generation_error(world, RULES[rule](), grown, length) < TOLERANCE
 
 
-def generation_error(world: World, rule: AcceptanceRule, policy: TreePolicy, length: int, **options: bool) -> float:
-    """The largest error of the law of whole outputs: tokens up to the stop token or the limit, and the reason."""
-    params = SamplingParams(temperature=1.0, max_new_tokens=length, stop_token_ids=(STOP,))
-    errors = []
-    for (prompt,), law in zip(PROMPTS, engine_laws(world, rule, policy, PROMPTS, params, **options), strict=True):
-        wanted = world.stopped_law(prompt[0], world.walk(prompt[1:]), length, {STOP})
-        named = {((tokens, "stop" if tokens[-1] == STOP else "length"),): prob for tokens, prob in wanted.items()}
-        errors.append(distance(named, law))
-    return max(errors)
-
-
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", exact(chain(1, "iid").spec))
 def test_two_generations_are_independent(rule: str) -> None:
     world = World.tree(3, 5).select("sharp", "independent", "zeros")
     params = SamplingParams(temperature=1.0, max_new_tokens=2, stop_token_ids=(STOP,))
@@ -256,21 +217,9 @@ def test_two_generations_are_independent(rule: str) -> None:
         assert distance(emitted, product_law(one, other)) < TOLERANCE
 
 
-PENALISED = SamplingParams(
-    temperature=0.8, top_k=2, repetition_penalty=1.3, presence_penalty=0.4, frequency_penalty=0.7, max_new_tokens=3
-)
-
-
 @pytest.mark.parametrize(("policy", "rule"), [("chain_iid", "rejection"), ("static", "follow"), ("mixed", "follow")])
 def test_penalties_follow_the_drafted_path(policy: str, rule: str) -> None:
     assert penalised_error(RULES[rule](), ENGINE[policy]) < TOLERANCE
-
-
-def penalised_error(rule: AcceptanceRule, policy: TreePolicy) -> float:
-    """The largest difference between a drafted and a plain generation under penalties."""
-    world = World.tree(3, 7).select("sharp", "independent", "flat")
-    plain, drafted = (engine_laws(world, rule, tree, PROMPTS, PENALISED) for tree in (None, policy))
-    return max(distance(one, other) for one, other in zip(plain, drafted, strict=True))
 
 
 SEEDED: dict[str, TreePolicy] = {name: policy for name, (policy, _) in POLICIES.items()} | {
@@ -278,30 +227,15 @@ SEEDED: dict[str, TreePolicy] = {name: policy for name, (policy, _) in POLICIES.
     "iid_wide": Sampled([4, 2, 1]),
     "mixed_wide": Mixed([4, 2, 2]),
     "top_k_deep": TopK(total=12, depth=6, k=3),
+    "coupled_deep": Coupled(total=12, depth=6, k=3),
 }
 
 
 @pytest.mark.parametrize("policy", SEEDED)
-def test_follow_emits_what_plain_decoding_emits(policy: str) -> None:
+@pytest.mark.parametrize("rule", ["follow", "coupled"])
+def test_a_rule_that_follows_emits_what_plain_decoding_emits(policy: str, rule: str) -> None:
     """Same seed, same tokens: real noise, float32 laws, many seeds and kinds of laws in one batch."""
-    assert seed_mismatch(Follow(), SEEDED[policy]) == 0
-
-
-def seed_mismatch(rule: AcceptanceRule, policy: TreePolicy) -> float:
-    """The share of requests that a drafted run answers otherwise than a plain one with the same seed."""
-    world = World.markov(vocab=len(KINDS), order=2)
-    prompts = [[kind, seed % world.vocab_size] for kind in range(len(KINDS)) for seed in range(8)]
-    params = [
-        SamplingParams(
-            temperature=(1.0, 0.7, 0.0)[i % 3], seed=i, max_new_tokens=10, stop_token_ids=(3,) if i % 2 else ()
-        )
-        for i in range(len(prompts))
-    ]
-    plain, drafted = (
-        [(result.token_ids, result.finish_reason) for result in toy_engine(world, rule, tree).generate(prompts, params)]
-        for tree in (None, policy)
-    )
-    return sum(one != other for one, other in zip(plain, drafted, strict=True)) / len(plain)
+    assert seed_mismatch(RULES[rule](), SEEDED[policy]) == 0
 
 
 def test_rejection_refuses_trees_it_is_not_exact_for() -> None:
@@ -319,13 +253,103 @@ def test_rejection_refuses_trees_it_is_not_exact_for() -> None:
 BRANCHING = {name: policy for name, (policy, _) in POLICIES.items() if not policy.spec.is_chain}
 
 
-@pytest.mark.parametrize("policy", BRANCHING)
-def test_rejection_refuses_branching_trees_at_run_time(policy: str) -> None:
-    world = World.tree(POLICIES[policy][1], BRANCHING[policy].max_depth + 2)
-    with pytest.raises(ValueError, match=r"rule rejection is not exact for these trees: .*branch"):
-        round_error(BRANCHING[policy], Rejection(), world, ragged_cases(world, BRANCHING[policy].max_depth), 1)
-    with pytest.raises(ValueError, match=r"rule rejection is not exact for this policy: .*branch"):
-        Verifier(None, Rejection()).require(BRANCHING[policy].spec)  # type: ignore[arg-type]
+REFUSED = [
+    (name, rule.name, "branch" if name in BRANCHING and rule.name != "kseq" else "i.i.d.")
+    for name, (policy, _) in POLICIES.items()
+    for rule in RULES.values()
+    if rule().accepts(policy.spec) is not None
+]
+
+
+@pytest.mark.parametrize(("policy", "rule", "reason"), REFUSED)
+def test_a_rule_refuses_trees_it_is_not_exact_for_at_run_time(policy: str, rule: str, reason: str) -> None:
+    grown, vocab = POLICIES[policy]
+    world = World.tree(vocab, grown.max_depth + 2)
+    with pytest.raises(ValueError, match=rf"rule {rule} is not exact for these trees: .*{reason}"):
+        round_error(grown, RULES[rule](), world, ragged_cases(world, grown.max_depth), 1)
+    with pytest.raises(ValueError, match=rf"rule {rule} is not exact for this policy: .*{reason}"):
+        Verifier(None, RULES[rule]()).require(grown.spec)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("rule", ["rejection", "block", "recursive", "traversal", "kseq"])
+def test_draws_without_a_law_or_dropped_after_they_were_seen_are_refused(rule: str) -> None:
+    iid = frozenset({DrawKind.IID})
+    assert RULES[rule]().accepts(TreeSpec(iid, is_chain=True)) is None
+    assert "without the law" in str(RULES[rule]().accepts(TreeSpec(iid, is_chain=True, has_laws=False)))
+    assert "dropped" in str(RULES[rule]().accepts(TreeSpec(iid, is_chain=True, adapted=False)))
+
+
+@pytest.mark.parametrize("policy", ["chain", "chain_iid", "chain_without", "mixed_chain"])
+def test_traversal_is_block_and_recursive_is_rejection_on_chains(policy: str) -> None:
+    grown, vocab = POLICIES[policy]
+    world = World.tree(vocab, grown.max_depth + 2)
+    cases = ragged_cases(world, grown.max_depth)
+    for one, other in (("traversal", "block"), ("recursive", "rejection")):
+        laws = zip(*(round_laws(grown, RULES[name](), world, cases) for name in (one, other)), strict=True)
+        assert max(distance(*pair) for pair in laws) < TOLERANCE
+
+
+def expected_length(policy: str, rule: str, seed: int = 0) -> list[float]:
+    """Expected tokens of a round, per kind of laws and ragged case."""
+    grown, vocab = POLICIES[policy]
+    world = World.tree(vocab, grown.max_depth + 2, seed)
+    laws = round_laws(grown, RULES[rule](), world, ragged_cases(world, grown.max_depth))
+    return [sum(prob * len(span) for span, prob in law.items()) for law in laws]
+
+
+@pytest.mark.parametrize(
+    ("better", "worse", "policies"),
+    [
+        ("block", "rejection", ["chain_iid"]),
+        ("traversal", "recursive", ["chain_iid", "iid", "without", "iid_bush", "without_bush", "mixed"]),
+        ("recursive", "follow", ["iid", "without", "mixed"]),
+        ("kseq", "follow", ["iid", "iid_star"]),
+    ],
+)
+def test_a_better_rule_never_accepts_less(better: str, worse: str, policies: list[str]) -> None:
+    for policy in policies:
+        more, less = (expected_length(policy, rule) for rule in (better, worse))
+        assert all(a > b - TOLERANCE for a, b in zip(more, less, strict=True))
+        assert max(a - b for a, b in zip(more, less, strict=True)) > 1e-3
+
+
+def test_coupled_drafts_win_more_often_than_others_of_their_shape() -> None:
+    coupled, plain = expected_length("coupled", "coupled"), expected_length("coupled", "follow")
+    assert sum(coupled) > 1.05 * sum(plain)
+    assert max(a - b for a, b in zip(coupled, plain, strict=True)) > 0.8
+
+
+@pytest.mark.parametrize("rule", ["typical", "threshold"])
+def test_lossy_rules_are_biased_and_refused_unless_allowed(rule: str) -> None:
+    grown, vocab = POLICIES["chain_iid"]
+    world = World.tree(vocab, grown.max_depth + 2)
+    assert round_error(grown, RULES[rule](), world, ragged_cases(world, grown.max_depth), grown.max_depth + 1) > 0.05
+    with pytest.raises(ValueError, match=f"rule {rule} is LOSSY.*allow_lossy=true"):
+        Verifier(None, RULES[rule]())  # type: ignore[arg-type]
+    assert Verifier(None, RULES[rule](), allow_lossy=True).rule.name == rule  # type: ignore[arg-type]
+
+
+def test_lossy_rules_keep_what_passes() -> None:
+    """Two paths of two tokens; node probabilities by hand."""
+    world = World.tree(3, 4).select("flat")
+    tree = TokenTree.from_paths([0], [[[0, 1], [1, 0], [1, 2]]], vocab_size=3)
+    laws = FixedLaws(world, tree, torch.tensor([0]), torch.tensor([0]))
+    probs = laws.all()[0]
+    tokens, parents = tree.tokens_BN[0].tolist(), tree.parents_BN[0].tolist()
+    node_prob = [1.0] + [float(probs[parents[n], tokens[n]]) for n in range(1, 6)]
+    for cut in (0.01, 0.33, 0.34, 0.9):
+        passing = [n for n in range(6) if all(node_prob[m] >= cut for m in tree.path(n)[1:])]
+        best = max(passing, key=lambda n: (len(tree.path(n)), math.prod(node_prob[m] for m in tree.path(n)[1:])))
+        verdict = Threshold(cut)(tree, laws, Scripts([[]], 1, False).noise())
+        assert [n for n in verdict.path_BK[0].tolist() if n >= 0] == tree.path(best)
+    entropy = -float((probs[0] * probs[0].log()).sum())
+    kept = Typical(epsilon=1.0, delta=1.0)(tree, laws, Scripts([[]], 1, False).noise())
+    assert (int(kept.num_accepted_B[0]) > 0) == any(node_prob[n] >= math.exp(-entropy) for n in (1, 3))
+    for wrong in ({"epsilon": 0.0}, {"delta": 2.0}):
+        with pytest.raises(ValueError, match=r"must lie in \(0, 1\]"):
+            Typical(**wrong)
+    with pytest.raises(ValueError, match=r"threshold=0\.0"):
+        Threshold(0.0)
 
 
 def test_rejection_refuses_a_second_draw_and_dropped_draws_at_run_time() -> None:
