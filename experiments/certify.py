@@ -137,8 +137,9 @@ def _missed(mutants: list[dict[str, Any]]) -> str:
 def _table(rows: list[dict[str, Any]]) -> Table:
     title = "Error of the joint law, and expected tokens of a round"
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
-    for name in ("tree", "rule", "max error", "expected", "optimum", "kind"):
-        table.add_column(name, no_wrap=True)
+    # Where the terminal is narrow, the last column gives way.
+    for name, width in {"tree": 13, "rule": 15, "max error": 9, "expected": 8, "optimum": 7, "kind": None}.items():
+        table.add_column(name, no_wrap=True, min_width=width)
     for row in rows:
         state = " LOSSY" if not row["lossless"] else "" if row["passed"] else " WRONG"
         lengths = (f"{row['expected_accepted']:.4f}", f"{row['optimum']:.4f}")
