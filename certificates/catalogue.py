@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from functools import partial
 
-from specdec.certificates.checks import Alternating, penalised_error, seed_mismatch
+from specdec.certificates.catalogue_engine import ENGINE_MUTANTS
+from specdec.certificates.checks import Alternating, seed_mismatch
 from specdec.certificates.mutants import (
     Check,
     Mutant,
     at_the_edges_of_chance,
-    in_generations,
     in_one_round,
     in_recorded_laws,
 )
@@ -25,10 +25,8 @@ DRAW = "specdec.drafters.sampled:Sampled._draw_level"
 
 CHAIN = in_one_round(Rejection(), chain(2, "iid"))
 SOFT_CHAIN = in_one_round(Rejection(), chain(2, "iid"), ("sharp", "flat", "close", "independent"))
-CHAIN_GENERATIONS = in_generations(Rejection(), chain(1, "iid"), length=4)
 ALTERNATING = in_one_round(Rejection(), Alternating(), ("sharp", "independent", "zeros"))
 TREE = in_one_round(Follow(), Static([[0], [1], [0, 0], [0, 1], [1, 0]]))
-TREE_GENERATIONS = in_generations(Follow(), Static([[0], [1], [0, 0], [1, 0]]), length=4)
 IID = Sampled([2, 2])
 WITHOUT = Sampled([2, 2], "without_replacement")
 MIXED = Mixed([2, 2])
@@ -80,6 +78,22 @@ MUTANTS = [
         REJECTION,
         "laws.at(node_B)[rows]",
         "laws.at(torch.where(tree.num_nodes_B > depth + 1, node_B, node_B - 1).clamp_min(0))[rows]",
+        CHAIN,
+    ),
+    Mutant(
+        "p without temperature in the test alone",
+        REJECTION,
+        "for law in (target_RV, draft_RV))",
+        "for law in (torch.nn.functional.normalize(target_RV**0.8, p=1), draft_RV))",
+        CHAIN,
+    ),
+    Mutant(
+        "token behind the whole chain without temperature",
+        REJECTION,
+        "noise.categorical(final_RV[stop],",
+        "noise.categorical(torch.nn.functional.normalize(\n"
+        "                    final_RV[stop] ** torch.where(has_child[stop], 1.0, 0.8).double()[:, None], p=1\n"
+        "                ),",
         CHAIN,
     ),
     Mutant(
@@ -343,6 +357,32 @@ MUTANTS = [
         CHAIN,
     ),
     Mutant(
+        "the likelier of two samples kept",
+        DRAW,
+        "token = torch.zeros_like(live_BW",
+        'again = noise.categorical(remaining[rows, nodes], RoundKey("draft", slot + 1000), rows)\n'
+        "        q = remaining[rows, nodes]\n"
+        "        is_likelier = q.gather(1, again[:, None]) > q.gather(1, drawn[:, None])\n"
+        "        drawn = torch.where(is_likelier[:, 0], again, drawn)\n"
+        "        token = torch.zeros_like(live_BW",
+        CHAIN,
+    ),
+    Mutant(
+        "drawn from the two likeliest, recorded with the whole law",
+        DRAW,
+        "remaining = laws\n",
+        "remaining = laws * (laws >= laws.topk(2).values[..., 1:])\n"
+        "    remaining = torch.nn.functional.normalize(remaining, p=1, dim=-1)\n",
+        CHAIN,
+    ),
+    Mutant(
+        "sampled siblings tested in another order than they were drawn in",
+        "specdec.verifiers.siblings:Siblings.__init__",
+        ".tril(-1)",
+        ".triu(1)",
+        RECURSIVE_WITHOUT,
+    ),
+    Mutant(
         "draws share a number",
         DRAW,
         'RoundKey("draft", slot)',
@@ -350,44 +390,5 @@ MUTANTS = [
         CHAIN,
         "key reuse",
     ),
-    # The engine around it.
-    Mutant(
-        "stop token looked for at the end of the span only",
-        "specdec.request:Request.append",
-        "reason = self._ended_by(token)",
-        "reason = self._ended_by(token) if i + 1 == len(tokens) else None",
-        TREE_GENERATIONS,
-    ),
-    Mutant(
-        "tokens behind the stop token kept",
-        "specdec.request:Request.append",
-        "if reason is not None:",
-        "if reason is not None:\n            self.sequence.token_ids += tokens[i + 1 :]",
-        TREE_GENERATIONS,
-    ),
-    Mutant(
-        "accepted nodes left where they were drafted",
-        "specdec.verifiers.verifier:Verifier._commit",
-        "if node != depth:",
-        "if False:",
-        TREE_GENERATIONS,
-    ),
-    Mutant(
-        "rounds not counted", "specdec.engine:Engine._emit", "one.round += 1", "pass", CHAIN_GENERATIONS, "key reuse"
-    ),
-    Mutant(
-        "laws of rows that moved not looked up",
-        "specdec.sampling:ModelLaws.at",
-        "(nodes_B != self._nodes_B).nonzero().squeeze(1)",
-        "(nodes_B != self._nodes_B).nonzero().squeeze(1)[:1]",
-        CHAIN_GENERATIONS,
-        "batch mates",
-    ),
-    Mutant(
-        "penalties blind to drafted tokens",
-        "specdec.sampling:ModelLaws._laws",
-        "rows_R, paths, self.dtype",
-        "rows_R, None, self.dtype",
-        Check("law", partial(penalised_error, Rejection(), chain(2, "iid"))),
-    ),
+    *ENGINE_MUTANTS,
 ]

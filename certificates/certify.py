@@ -3,18 +3,30 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from specdec.certificates.checks import TOLERANCE, generation_error, penalised_error
+from specdec.certificates.checks import TOLERANCE, generation_error, parameters_error
 from specdec.certificates.optimum import optimum
-from specdec.certificates.oracle import Scripts, TokenSpan, distance, enumerate_outcomes, product_law
+from specdec.certificates.oracle import (
+    BatchDependentError,
+    KeyReusedError,
+    NotALawError,
+    Scripts,
+    TokenSpan,
+    distance,
+    enumerate_outcomes,
+    product_law,
+)
 from specdec.certificates.processes import Case, one_round, ragged_cases, round_laws
-from specdec.certificates.worlds import World
+from specdec.certificates.worlds import World, WrongContextError
 from specdec.drafters.growth import GrowingPolicy
 from specdec.interfaces import AcceptanceRule
 
 # Laws whose expected lengths are averaged: what a draft and its target look like, without the degenerate cases.
 TYPICAL_LAWS = ("sharp", "flat", "close", "independent", "zeros")
+# What the oracle and the toy model refuse to go on with: no law comes out, so there is no error to measure.
+FAULTS = (KeyReusedError, NotALawError, BatchDependentError, WrongContextError)
 
 
 @dataclass(frozen=True)
@@ -22,12 +34,15 @@ class Certificate:
     """What was found: the largest error of each check, and the mean over `TYPICAL_LAWS` of the tokens expected of a round
     (the extra one included) beside the most that any lossless rule could reach on the same drafts.
 
-    `optimum` is NaN where it was not asked for.
+    A check that a fault cut short (a number used twice, a choice without a law, a row that depends on its batch mates) has an
+    infinite error, and `faults` says why; without `round` there is no expected length. `optimum` is NaN where it was not asked
+    for.
     """
 
     rule: str
     lossless: bool
     errors: dict[str, float] = field(default_factory=dict)
+    faults: dict[str, str] = field(default_factory=dict)
     expected_accepted: float = math.nan
     optimum: float = math.nan
 
@@ -53,27 +68,35 @@ def certify(
 
     Checks: `round` (all kinds of laws, ragged depths, strangers as batch mates), `pair` (two rows at once) and, unless
     `generations` is off, whole outputs of the engine over several rounds: `generation` (stop token and length limit inside
-    accepted spans) and `parameters` (temperature, top-k and penalties along the drafted path). Raises ValueError where the
+    accepted spans) and `parameters` (every sampling parameter, penalties along the drafted path). Raises ValueError where the
     rule says that it is not exact for the policy's trees.
     """
     if reason := rule.accepts(policy.spec):
         raise ValueError(f"rule {rule.name} is not exact for this policy: {reason}")
-    depth = policy.max_depth
-    world = World.tree(vocab_size, depth + 2)
-    cases = ragged_cases(world, depth)
-    laws = round_laws(policy, rule, world, cases)
-    rounds = (
-        world.continued_error(case.kind, case.state, law, depth + 1) for case, law in zip(cases, laws, strict=True)
-    )
-    errors = {"round": max(rounds), "pair": _pair_error(rule, policy)}
+    world = World.tree(vocab_size, policy.max_depth + 2)
+    cases = ragged_cases(world, policy.max_depth)
+    laws: list[dict[TokenSpan, float]] = []
+
+    def round_error() -> float:
+        laws.extend(round_laws(policy, rule, world, cases))
+        return max(
+            world.continued_error(case.kind, case.state, law, policy.max_depth + 1)
+            for case, law in zip(cases, laws, strict=True)
+        )
+
+    checks: dict[str, Callable[[], float]] = {"round": round_error, "pair": lambda: _pair_error(rule, policy)}
     if generations:
         behind = World.tree(3, 3 + 4).select("sharp", "independent", "zeros")
-        errors["generation"] = generation_error(behind, rule, policy, 3)
-        errors["parameters"] = penalised_error(rule, policy)
-    full = [Case(world.kinds.index(kind), 0, depth) for kind in TYPICAL_LAWS]
-    expected = [_expected(laws[cases.index(case)]) for case in full]
+        checks["generation"] = lambda: generation_error(behind, rule, policy, 3)
+        checks["parameters"] = lambda: parameters_error(rule, policy)
+    errors, faults = dict[str, float](), dict[str, str]()
+    for name, check in checks.items():
+        try:
+            errors[name] = check()
+        except FAULTS as fault:
+            errors[name], faults[name] = math.inf, f"{type(fault).__name__}: {fault}"
     best = best_length(policy, vocab_size) if with_optimum else math.nan
-    return Certificate(rule.name, rule.lossless, errors, sum(expected) / len(full), best)
+    return Certificate(rule.name, rule.lossless, errors, faults, _expected(world, policy, cases, laws), best)
 
 
 def best_length(policy: GrowingPolicy, vocab_size: int = 3) -> float:
@@ -83,8 +106,11 @@ def best_length(policy: GrowingPolicy, vocab_size: int = 3) -> float:
     return sum(optimum(policy, world, case) for case in full) / len(full)
 
 
-def _expected(law: dict[TokenSpan, float]) -> float:
-    return sum(prob * len(span) for span, prob in law.items())
+def _expected(world: World, policy: GrowingPolicy, cases: list[Case], laws: list[dict[TokenSpan, float]]) -> float:
+    if not laws:
+        return math.nan
+    full = [laws[cases.index(Case(world.kinds.index(kind), 0, policy.max_depth))] for kind in TYPICAL_LAWS]
+    return sum(prob * len(span) for law in full for span, prob in law.items()) / len(full)
 
 
 def _pair_error(rule: AcceptanceRule, policy: GrowingPolicy) -> float:

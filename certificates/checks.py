@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Seq
 from dataclasses import replace
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from specdec import SamplingParams
 from specdec.certificates.oracle import Scripts, TokenSpan, distance, enumerate_outcomes, recorded_prob
 from specdec.certificates.processes import Case, engine_laws, ragged_cases, toy_engine
+from specdec.certificates.reference import plain_outputs
 from specdec.certificates.worlds import KINDS, TableRound, World
 from specdec.drafters.growth import GrowingPolicy, Grown
 from specdec.interfaces import AcceptanceRule, Noise
@@ -20,9 +22,19 @@ TOLERANCE = 1e-12
 # One prompt per request; the first token names the kind of the world's laws.
 PROMPTS = [((0,),), ((1, 2),), ((2, 1, 0, 1),)]
 STOP = 2
-PENALISED = SamplingParams(
-    temperature=0.8, top_k=2, repetition_penalty=1.3, presence_penalty=0.4, frequency_penalty=0.7, max_new_tokens=3
-)
+# Every parameter that shapes a law, in two turns: of three tokens, one cut after another would leave a single one.
+PARAMETERS = [
+    SamplingParams(
+        temperature=0.8,
+        top_k=2,
+        repetition_penalty=1.3,
+        presence_penalty=0.4,
+        frequency_penalty=0.7,
+        logit_bias={0: 0.6, 1: -0.4},
+        max_new_tokens=3,
+    ),
+    SamplingParams(temperature=1.3, top_p=0.8, min_p=0.4, max_new_tokens=3),
+]
 
 
 def recorded_error(policy: GrowingPolicy, world: World) -> float:
@@ -52,11 +64,19 @@ def generation_error(world: World, rule: AcceptanceRule, policy: GrowingPolicy, 
     return max(errors)
 
 
-def penalised_error(rule: AcceptanceRule, policy: GrowingPolicy) -> float:
-    """The largest difference between a drafted and a plain generation under penalties."""
+def parameters_error(
+    rule: AcceptanceRule, policy: GrowingPolicy | None, params: Seq[SamplingParams] = PARAMETERS
+) -> float:
+    """The largest error of the law of whole outputs under sampling parameters, by a reference that shares no code."""
     world = World.tree(3, 7).select("sharp", "independent", "flat")
-    plain, drafted = (engine_laws(world, rule, tree, PROMPTS, PENALISED) for tree in (None, policy))
-    return max(distance(one, other) for one, other in zip(plain, drafted, strict=True))
+    errors = []
+    for one in params:
+        for (prompt,), law in zip(PROMPTS, engine_laws(world, rule, policy, PROMPTS, one), strict=True):
+            wanted: dict[tuple[tuple[TokenSpan, str], ...], float] = {
+                (output,): prob for output, prob in plain_outputs(world, prompt, one).items()
+            }
+            errors.append(distance(wanted, law))
+    return max(errors)
 
 
 def seed_mismatch(rule: AcceptanceRule, policy: GrowingPolicy) -> float:

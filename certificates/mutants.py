@@ -21,7 +21,7 @@ from unittest.mock import patch
 import torch
 
 from specdec import SamplingParams
-from specdec.certificates.checks import generation_error, recorded_error
+from specdec.certificates.checks import PARAMETERS, generation_error, parameters_error, recorded_error
 from specdec.certificates.oracle import (
     BatchDependentError,
     KeyReusedError,
@@ -34,7 +34,7 @@ from specdec.certificates.oracle import (
     product_law,
 )
 from specdec.certificates.processes import Case, engine_laws, one_round, ragged_cases, round_error
-from specdec.certificates.worlds import KINDS, World
+from specdec.certificates.worlds import KINDS, World, WrongContextError
 from specdec.drafters.growth import GrowingPolicy
 from specdec.interfaces import AcceptanceRule
 from specdec.noise import CounterNoise
@@ -88,6 +88,11 @@ def in_generations(rule: AcceptanceRule, policy: GrowingPolicy, length: int) -> 
         return distance(spans, product_law(coins.stopped_law(0, 0, 2), coins.stopped_law(1, 0, 2)))
 
     return Check("law", partial(generation_error, world, rule, policy, length), joint_error)
+
+
+def in_parameters(rule: AcceptanceRule, policy: GrowingPolicy, *params: SamplingParams) -> Check:
+    """Error of the law of whole outputs under sampling parameters: the given ones, or all there are."""
+    return Check("law", partial(parameters_error, rule, policy, params or PARAMETERS))
 
 
 def in_recorded_laws(policy: GrowingPolicy) -> Check:
@@ -159,6 +164,8 @@ def verdict(check: Check) -> tuple[str, float]:
         return "not a law", math.nan
     except BatchDependentError:
         return "batch mates", check.joint_error()
+    except WrongContextError:
+        return "wrong context", math.nan
     except ValueError:
         return "construction", math.nan
     return (check.by if error > 1e-6 else "nothing"), error

@@ -21,6 +21,10 @@ from specdec.tree import TokenTree
 TokenSpan = tuple[int, ...]
 
 
+class WrongContextError(AssertionError):
+    """A token of the toy model sees other tokens, or other positions, than those of its own context."""
+
+
 @dataclass(frozen=True)
 class World:
     """Target and draft laws [K, C, V] of K kinds as tables over contexts; a token leads to context `next_CV` (-1: out)."""
@@ -234,7 +238,7 @@ class ToyModel:
     """A language model over real pages whose only key is the token itself, so its law is that of the very tokens it sees.
 
     The first token of a sequence names the kind of the world's laws. Stands in for PagedModel, as target or as draft.
-    Raises AssertionError where a token sees slots that were never written, or positions other than 0, 1, ..., its own.
+    Raises WrongContextError where a token sees slots that were never written, or positions other than 0, 1, ..., its own.
     """
 
     device = torch.device("cpu")
@@ -273,12 +277,15 @@ class ToyModel:
                     seen = [*range(end)]
                 else:
                     seen = [i for i in range(end) if i < segment.visible_len or mask[query][i - segment.visible_len]]
-                    assert not any(mask[query][end - segment.visible_len :]), "a token sees one behind it"
+                    if any(mask[query][end - segment.visible_len :]):
+                        raise WrongContextError("a token sees one behind it")
                     seen.sort(key=positions.__getitem__)
                 at = [positions[i] for i in seen]
-                assert at == [*range(position + 1)], f"a token at position {position} sees positions {at}"
+                if at != [*range(position + 1)]:
+                    raise WrongContextError(f"a token at position {position} sees positions {at}")
                 tokens = [written[slots[i]] - 1 for i in seen]
-                assert min(tokens) >= 0, "a slot was read that nobody has written"
+                if min(tokens) < 0:
+                    raise WrongContextError("a slot was read that nobody has written")
                 state = 0
                 for token in tokens[1:]:
                     state = self._next[state][token]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -57,6 +57,7 @@ class Grown:
         return Grown(tree, torch.where(was_run, expanded_BN, -1))
 
 
+@runtime_checkable
 class GrowingPolicy(TreePolicy, Protocol):
     """A policy that grows trees on any drafter that answers as a `DraftRound`."""
 

@@ -8,8 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from specdec.drafters.growth import FixedPolicy
-from specdec.drafters.sampled import Sampled
+from specdec.drafters.growth import GrowingPolicy
 from specdec.interfaces import Commit, Noise, TreePolicy
 from specdec.kv_cache import KVCache
 from specdec.model import PagedModel, Segment
@@ -74,7 +73,7 @@ class SmallModelDrafter:
         self.cache.move(source, target)
 
     def propose(self, sequences: Seq[Sequence], policy: TreePolicy, noise: Noise) -> TokenTree:
-        if not isinstance(policy, FixedPolicy | Sampled):
+        if not isinstance(policy, GrowingPolicy):
             raise ValueError(f"drafter small_model cannot follow the policy {type(policy).__name__}")
         limits = [self._limit(one) for one in sequences]
         if not any(limits):

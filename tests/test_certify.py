@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 
 import pytest
+from torch import Tensor
 
 from specdec import cli
 from specdec.certificates import certify
@@ -15,7 +16,9 @@ from specdec.certificates.optimum import optimum
 from specdec.certificates.processes import Case, round_laws
 from specdec.certificates.worlds import World
 from specdec.drafters import Mixed, Sampled, Static, TopK, chain
+from specdec.drafters.growth import DraftRound, Grown
 from specdec.interfaces import Acceptance, Noise, TargetLaws
+from specdec.noise import Key, RoundKey
 from specdec.tree import TokenTree, TreeSpec
 from specdec.verifiers import Block, Follow, Rejection, Threshold, Traversal
 
@@ -49,6 +52,64 @@ def test_a_users_own_wrong_rule_fails() -> None:
     found = certify(Greedy(), chain(1))
     assert not found.passed and found.max_error > 0.1
     assert min(found.errors.values()) > 1e-3
+
+
+class _OneCoin:
+    """Noise whose coins of a round are all the same number."""
+
+    def __init__(self, noise: Noise) -> None:
+        self._noise = noise
+
+    def bernoulli(self, prob_B: Tensor, key: RoundKey, rows: Tensor) -> Tensor:
+        return self._noise.bernoulli(prob_B, RoundKey("accept", 0), rows)
+
+    def categorical(self, probs_BV: Tensor, key: Key, rows: Tensor) -> Tensor:
+        return self._noise.categorical(probs_BV, key, rows)
+
+
+class OneCoin(Rejection):
+    def __call__(self, tree: TokenTree, laws: TargetLaws, noise: Noise) -> Acceptance:
+        return super().__call__(tree, laws, _OneCoin(noise))
+
+
+def test_a_rule_that_cannot_be_enumerated_fails_and_says_why() -> None:
+    found = certify(OneCoin(), chain(2, "iid"))
+    assert not found.passed and found.max_error == math.inf and math.isnan(found.expected_accepted)
+    assert "used twice" in found.faults["round"] and found.faults.keys() <= found.errors.keys()
+    # One drafted token needs one coin.
+    assert certify(OneCoin(), chain(1, "iid")).passed
+
+
+def test_a_users_own_policy_needs_no_base_class() -> None:
+    class Own:
+        def __init__(self) -> None:
+            self._inner = Sampled([2, 1])
+            self.spec, self.max_depth = self._inner.spec, self._inner.max_depth
+            self.max_nodes, self.max_expanded = self._inner.max_nodes, self._inner.max_expanded
+
+        def grow(self, draft: DraftRound, noise: Noise) -> Grown:
+            return self._inner.grow(draft, noise)
+
+    found = certify(Traversal(), Own())
+    assert found.passed and found == certify(Traversal(), Sampled([2, 1]))
+
+
+def test_a_wrong_rule_fails_the_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from specdec.experiments import certify as experiment
+
+    monkeypatch.setattr(experiment, "MUTANTS", [])
+    monkeypatch.setattr(experiment, "RULES", {"rejection": OneCoin})
+    output = tmp_path / "certificate.json"
+    assert cli.main(["certify", "level=full", f"output={output}"]) == 1
+    report = json.loads(output.read_text())
+    wrong = [row for row in report["rules"] if not row["passed"]]
+    assert not report["passed"] and {row["max_error"] for row in wrong} == {None}
+    assert all("KeyReusedError" in row["faults"]["round"] for row in wrong)
+    wider = {row["tree"]: name for row in report["rules"] for name in row["errors"] if name.startswith("round of")}
+    assert wider == {"chain 2": "round of 5", "chain 3 iid": "round of 4"}
+    assert "WRONG" in capsys.readouterr().out
 
 
 def test_a_lossy_rule_is_measured_and_says_so() -> None:

@@ -6,18 +6,20 @@ import itertools
 import math
 import random
 from collections.abc import Sequence as Seq
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 import torch
 
 from specdec import SamplingParams
 from specdec.certificates.checks import (
+    PARAMETERS,
+    PROMPTS,
     STOP,
     TOLERANCE,
     Alternating,
     generation_error,
-    penalised_error,
+    parameters_error,
     recorded_error,
     seed_mismatch,
 )
@@ -41,6 +43,7 @@ from specdec.certificates.processes import (
     round_error,
     round_laws,
 )
+from specdec.certificates.reference import plain_outputs
 from specdec.certificates.worlds import KINDS, FixedLaws, World
 from specdec.drafters import Coupled, Mixed, Sampled, Static, TopK, chain
 from specdec.interfaces import Noise, TreePolicy
@@ -217,9 +220,21 @@ def test_two_generations_are_independent(rule: str) -> None:
         assert distance(emitted, product_law(one, other)) < TOLERANCE
 
 
-@pytest.mark.parametrize(("policy", "rule"), [("chain_iid", "rejection"), ("static", "follow"), ("mixed", "follow")])
-def test_penalties_follow_the_drafted_path(policy: str, rule: str) -> None:
-    assert penalised_error(RULES[rule](), ENGINE[policy]) < TOLERANCE
+@pytest.mark.parametrize(("policy", "rule"), ENGINE_EXACT)
+def test_sampling_parameters_follow_the_drafted_path(policy: str, rule: str) -> None:
+    assert parameters_error(RULES[rule](), ENGINE[policy]) < TOLERANCE
+
+
+def test_plain_decoding_follows_the_reference_and_every_parameter_matters() -> None:
+    assert parameters_error(Follow(), None) < TOLERANCE
+    world = World.tree(3, 7).select("sharp", "independent", "flat")
+    for params in PARAMETERS:
+        changed = {field.name for field in fields(params)} - {"max_new_tokens", "seed"}
+        changed = {name for name in changed if getattr(params, name) != getattr(SamplingParams(), name)}
+        for name in changed:
+            off = replace(params, **{name: 1.0 if name == "temperature" else getattr(SamplingParams(), name)})
+            laws = ((plain_outputs(world, prompt, one) for one in (params, off)) for (prompt,) in PROMPTS)
+            assert max(distance(*pair) for pair in laws) > 1e-3, name
 
 
 SEEDED: dict[str, TreePolicy] = {name: policy for name, (policy, _) in POLICIES.items()} | {
