@@ -27,16 +27,21 @@ def read_prompts(path: str, field: str | None = None, limit: int | None = None) 
         raise ValueError(f"prompt_file={path} must end in .jsonl or .txt")
     if not file.is_file():
         raise ValueError(f"prompt_file={path}: no such file")
-    try:
-        lines = file.read_text(encoding="utf-8").split("\n")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"prompt_file={path} is not UTF-8 text: {error.reason} at byte {error.start}") from error
+    lines = _read(file, f"prompt_file={path}").split("\n")
     numbered = [(i, line) for i, line in enumerate(lines, 1) if line.strip()][:limit]
     if not numbered:
         raise ValueError(f"prompt_file={path} holds no prompts")
     if file.suffix == ".txt":
         return [line.rstrip("\r") for _, line in numbered]
     return [_prompt_of(line, field, f"{path}, line {i}") for i, line in numbered]
+
+
+def read_documents(path: str, field: str) -> list[str]:
+    """The documents of a file: `field` of each line of a .jsonl, any other file as a whole. Raises ValueError."""
+    text = _read(Path(path), path)
+    if not path.endswith(".jsonl"):
+        return [text] if text.strip() else []
+    return [_prompt_of(line, field, f"{path}, line {i}") for i, line in enumerate(text.split("\n"), 1) if line.strip()]
 
 
 def wrap(prompts: list[str], template: str) -> list[str]:
@@ -60,6 +65,13 @@ def uses_chat(chat: str, tokenizer: PreTrainedTokenizerBase | None) -> bool:
     if check_chat(chat) == "auto":
         return bool(getattr(tokenizer, "chat_template", None))
     return chat.lower() == "true"
+
+
+def _read(file: Path, name: str) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{name} is not UTF-8 text: {error.reason} at byte {error.start}") from error
 
 
 def _prompt_of(line: str, field: str | None, place: str) -> str:

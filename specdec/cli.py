@@ -34,8 +34,12 @@ TEXT_KEYS: tuple[str, ...] = (
     "output",
     "work_dir",
     "draft",
+    "folder",
 )
 TEXT_KEYS += tuple(f"{node}.{key}" for node in ("target", "drafter") for key in ("path", "gguf_file", "name"))
+TEXT_KEYS += tuple(
+    f"source.{key}" for key in ("prompt_file", "prompt_field", "template", "path", "data_files", "files")
+)
 USER_ERRORS = (ValueError, OSError, ImportError, HydraException, OmegaConfBaseException)
 
 

@@ -250,9 +250,79 @@ class AcceptanceConfig(RunConfig):
     work_dir: str = MISSING
 
 
+@dataclass
+class SourceConfig:
+    """Base of where training texts come from."""
+
+    label: ClassVar[str] = "none"
+
+
+@dataclass
+class SelfSourceConfig(SourceConfig):
+    """See `specdec.drafters.training.sources.SelfPrompts`."""
+
+    label: ClassVar[str] = "self"
+    temperature: float = MISSING
+    top_p: float = MISSING
+    max_prompt_tokens: int = MISSING
+
+
+@dataclass
+class PromptsSourceConfig(SourceConfig):
+    """See `specdec.experiments.prompts`."""
+
+    label: ClassVar[str] = "prompts"
+    prompt_file: str = MISSING
+    prompt_field: str | None = None
+    template: str = "none"
+
+
+@dataclass
+class DatasetSourceConfig(SourceConfig):
+    """What `datasets.load_dataset` takes. `field` holds the prompt: a text, or messages of which the first user's is taken."""
+
+    label: ClassVar[str] = "dataset"
+    path: str = MISSING
+    name: str | None = None
+    data_files: str | None = None
+    split: str = MISSING
+    field: str = "prompt"
+
+
+@dataclass
+class TextSourceConfig(SourceConfig):
+    """Documents, no prompts: nothing is generated. `files` is a glob pattern; `field` the key of a .jsonl's text."""
+
+    label: ClassVar[str] = "text"
+    files: str = MISSING
+    field: str = "text"
+    min_length: int = 16
+
+
+@dataclass
+class DataConfig:
+    """Training data in `folder`: at least `num_records` (None: all that the source has), `held_out` of them (a share) kept
+    from training. `exclude` names prompt files whose prompts, and texts that share `exclude_ngram` words in a row with
+    them, are left out; `sampling` is how the target answers."""
+
+    target: TargetConfig = field(default_factory=TargetConfig)
+    source: SourceConfig = field(default_factory=SourceConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    num_records: int | None = MISSING
+    exclude: list[str] = MISSING
+    exclude_ngram: int = MISSING
+    held_out: float = MISSING
+    max_length: int = MISSING
+    shard_size: int = MISSING
+    seed: int = MISSING
+    folder: str = MISSING
+
+
 SCHEMAS: dict[str, type] = {
     "acceptance": AcceptanceConfig,
     "certify": CertifyConfig,
+    "data": DataConfig,
     "generate": GenerateConfig,
     "benchmark": BenchmarkConfig,
     "contender": ContenderConfig,
@@ -271,6 +341,10 @@ SCHEMAS: dict[str, type] = {
     "policy/coupled": CoupledConfig,
     "policy/sampled": SampledConfig,
     "policy/mixed": MixedConfig,
+    "source/self": SelfSourceConfig,
+    "source/prompts": PromptsSourceConfig,
+    "source/dataset": DatasetSourceConfig,
+    "source/text": TextSourceConfig,
     "tracking/jsonl": TrackingConfig,
     "tracking/wandb": WandbConfig,
 }

@@ -29,6 +29,7 @@ FOLDERS = {
     "benchmark": ["output=rows.jsonl", "work_dir=."],
     "acceptance": ["output=rows.jsonl", "work_dir=."],
     "certify": ["output=one.json"],
+    "data": ["folder=data"],
 }
 
 
@@ -58,7 +59,9 @@ def test_entry_opens_with_its_run_command(name: str) -> None:
 def test_every_option_composes(group: str, option: str) -> None:
     extra = ["target.path=somewhere"] if (group, option) == ("target", "hf") else []
     extra += ["tracking.dir=."] if (group, option) == ("tracking", "wandb") else []
-    compose("generate", f"{group}={option}", *extra)
+    missing = {"prompts": "prompt_file=a.txt", "dataset": "path=a", "text": "files=*.txt"}
+    extra += [f"source.{missing[option]}"] if group == "source" and option in missing else []
+    compose("data" if group == "source" else "generate", f"{group}={option}", *extra)
 
 
 @pytest.mark.parametrize("policy", configs.options("drafter/policy"))

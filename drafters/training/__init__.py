@@ -1,0 +1,1 @@
+"""Training of learned heads: data, losses and the loop."""
