@@ -172,6 +172,10 @@ class RecordSet:
     def __iter__(self) -> Iterator[Record]:
         return (self[i] for i in range(len(self)))
 
+    def index_in_folder(self, index: int) -> int:
+        """The place of a record of this split among all of the folder."""
+        return self._chosen[index]
+
     @property
     def fingerprint(self) -> str:
         """Stands for the records and their split."""

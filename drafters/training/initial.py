@@ -1,0 +1,87 @@
+"""New heads for a target: shapes read off its config, LM heads begun as the target's own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from collections.abc import Sequence as Seq
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from specdec.drafters.heads import EagleConfig, EagleHead, MedusaConfig, MedusaHeads
+from specdec.drafters.training.target import TrainingTarget
+
+
+def new_medusa(target: TrainingTarget, num_heads: int, num_layers: int = 1, own_lm_head: bool = True) -> MedusaHeads:
+    """Medusa heads that draft what the target itself predicts. Raises ValueError for numbers below 1."""
+    config = MedusaConfig(target.hidden_size, target.vocab_size, num_heads, num_layers, own_lm_head)
+    if own_lm_head and target.lm_head_bias_V is not None:
+        raise ValueError(
+            f"{target.model.name} has a bias in its LM head, and own LM heads have none: own_lm_head=false"
+        )
+    return MedusaHeads.initial(config, target.lm_head_VD.float() if own_lm_head else None).to(target.device)
+
+
+def new_eagle(
+    target: TrainingTarget,
+    version: int,
+    seed: int,
+    draft_ids_R: Tensor | None = None,
+    feature_layers: Seq[int] | None = None,
+    intermediate_size: int | None = None,
+) -> EagleHead:
+    """An EAGLE head with the target's own head sizes and rotary embedding, its weights drawn by `seed`.
+
+    `draft_ids_R` is the reduced vocabulary (None: the target's). An LM head of its own starts as the target's rows, its
+    norm as the target's final norm where that has the same shape. Raises ValueError where target and head do not fit.
+    """
+    text: Any = target.model.model.config.get_text_config(decoder=True)
+    num_heads = text.num_attention_heads
+    rope = getattr(text, "rope_parameters", None) or {}
+    if not rope or any(isinstance(value, dict) for value in rope.values()):
+        raise ValueError(
+            f"{target.model.name} has no single rotary embedding ({rope}): an EAGLE head cannot take it over, use medusa"
+        )
+    config = EagleConfig(
+        version=version,
+        hidden_size=target.hidden_size,
+        target_hidden_size=target.hidden_size,
+        intermediate_size=intermediate_size or text.intermediate_size,
+        num_heads=num_heads,
+        num_kv_heads=getattr(text, "num_key_value_heads", None) or num_heads,
+        head_size=getattr(text, "head_dim", None) or target.hidden_size // num_heads,
+        rms_norm_eps=getattr(text, "rms_norm_eps", 1e-6),
+        rope=dict(rope),
+        vocab_size=target.vocab_size,
+        draft_vocab_size=target.vocab_size if draft_ids_R is None else len(draft_ids_R),
+        feature_layers=tuple(feature_layers or EagleConfig.default_layers(version, target.num_layers)),
+        fc_bias=version == 1,
+        max_positions=target.model.max_positions,
+    )
+    outside = [layer for layer in config.feature_layers if not 0 <= layer <= target.num_layers]
+    if outside:
+        raise ValueError(
+            f"feature_layers={list(config.feature_layers)}: {target.model.name} has {target.num_layers} layers"
+        )
+    with _seeded(seed):
+        head = EagleHead(config)
+    with torch.no_grad():
+        if head.draft_to_target_R is not None and draft_ids_R is not None:
+            head.draft_to_target_R.copy_(draft_ids_R)
+        if head.lm_head is not None:
+            weight_VD = target.lm_head_VD
+            head.lm_head.weight.copy_(weight_VD if draft_ids_R is None else weight_VD[draft_ids_R.to(weight_VD.device)])
+            base: Any = getattr(target.model.model, target.model.model.base_model_prefix, None)
+            final = getattr(getattr(base, "norm", None), "weight", None)
+            if final is not None and final.shape == head.norm.weight.shape:
+                head.norm.weight.copy_(final)
+    return head.to(target.device)
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
