@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from torch.nn.functional import cross_entropy, smooth_l1_loss
 
 from specdec.drafters.training.attention import UnrollAttention, packed_attention
 from specdec.drafters.training.cross_entropy import linear_cross_entropy
 from specdec.drafters.training.initial import new_eagle, new_medusa
+from specdec.drafters.training.joint import MedusaJointObjective
+from specdec.drafters.training.loop import Callbacks, Trainer, checkpoints
 from specdec.drafters.training.objectives import Eagle1Objective, Eagle3Objective, MedusaObjective
+from specdec.drafters.training.params import TrainingParams
 from specdec.drafters.training.records import Record, RecordSet, RecordWriter
 from specdec.drafters.training.rows import Row, RowSchedule, plan_rows
 from specdec.drafters.training.target import TrainingTarget
@@ -264,3 +269,131 @@ def make_data(folder: Path, records: list[Record], split: str = "train") -> Reco
     writer.commit(records, {})
     writer.flush()
     return RecordSet(folder, split)
+
+
+def make_trainer(kind: str, target: TrainingTarget, data: RecordSet, folder: Path, **params) -> Trainer:
+    settings = {"num_steps": 6, "row_tokens": 40, "rows_per_step": 2, "warmup_steps": 2, "learning_rate": 1e-2} | params
+    return Trainer(
+        make_objective(kind, target),
+        target,
+        data,
+        TrainingParams(**settings),
+        folder,
+        {"kind": kind},
+        Accelerator(cpu=True),
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_training_lowers_the_held_out_loss(kind: str, target, tmp_path: Path) -> None:
+    records = texts(30)
+    data = make_data(tmp_path / "data", records)
+    trainer = make_trainer(kind, target, data, tmp_path / "run", num_steps=30)
+    before = trainer.validate(data)
+    rows: list[dict] = []
+    progress = trainer.run(Callbacks(on_row=rows.append), data)
+    after = rows[-1]
+    assert after["kind"] == "eval" and after["is_best"] and progress.best_score == -after["loss"]
+    assert after["loss"] < 0.95 * before["loss"]
+    assert {row["kind"] for row in rows} == {"train", "eval"}
+    assert all(0 <= row["accuracy_1"] <= 1 and row["grad_norm"] >= 0 for row in rows[:-1])
+    assert [row["step"] for row in rows] == [10, 20, 30, 30]
+
+
+class Stop(KeyboardInterrupt):
+    pass
+
+
+@pytest.mark.parametrize("kind", ["medusa", "eagle1", "eagle3_reduced"])
+def test_a_stopped_training_goes_on_as_if_it_had_not_been(kind: str, target, tmp_path: Path) -> None:
+    data = make_data(tmp_path / "data", texts(30))
+    whole = make_trainer(kind, target, data, tmp_path / "whole")
+    whole.run(held_out=data)
+
+    def stop(step: int) -> None:
+        if step == 3:
+            raise Stop
+
+    first = make_trainer(kind, target, data, tmp_path / "parts", eval_every=0)
+    with pytest.raises(Stop):
+        first.run(Callbacks(on_step=stop))
+    assert [one.name for one in checkpoints(tmp_path / "parts")] == ["step-3"]
+    again = make_trainer(kind, target, data, tmp_path / "parts")
+    assert again.progress.step == 3
+    again.run(held_out=data)
+    assert again.progress == whole.progress
+    for (name, one), other in zip(
+        again.objective.state_dict().items(), whole.objective.state_dict().values(), strict=True
+    ):
+        assert torch.equal(one, other), name
+    with pytest.raises(ValueError, match=r"training with learning_rate=0\.01, not 0\.5"):
+        make_trainer(kind, target, data, tmp_path / "parts", learning_rate=0.5)
+
+
+def test_training_stops_when_tau_no_longer_rises(target, tmp_path: Path) -> None:
+    data = make_data(tmp_path / "data", texts(30))
+    trainer = make_trainer("eagle1", target, data, tmp_path / "run", num_steps=20, eval_every=2, patience=2)
+    taus, best = iter([1.5, 2.0, 1.9, 2.0, 3.0]), []
+    calls = Callbacks(evaluate=lambda state: {"tau": next(taus)}, on_best=lambda state: best.append(set(state)))
+    progress = trainer.run(calls)
+    assert (progress.step, progress.best_step, progress.best_score, progress.stopped_early) == (8, 4, 2.0, True)
+    assert best == [set(trainer.objective.state_dict())] * 2
+    # Stopped for good: asked again, it does nothing.
+    again = make_trainer("eagle1", target, data, tmp_path / "run", num_steps=20, eval_every=2, patience=2)
+    assert again.run(calls) == progress
+
+
+def test_rows_of_a_step_add_up_to_one_row(target, tmp_path: Path) -> None:
+    """Accumulating gradients over rows weighs tokens, not rows: two rows are their texts in one."""
+    data = make_data(tmp_path / "data", texts(4, longest=20))
+    total = sum(data.lengths)
+    weights = []
+    for rows_per_step, row_tokens in ((1, total), (2, total * 2 // 3)):
+        trainer = make_trainer(
+            "eagle3", target, data, tmp_path / str(rows_per_step), num_steps=1, rows_per_step=rows_per_step,
+            row_tokens=row_tokens, warmup_steps=0,
+        )  # fmt: skip
+        trainer.run()
+        weights.append(trainer.objective.state_dict())
+    for name, one in weights[0].items():
+        torch.testing.assert_close(one, weights[1][name], rtol=1e-4, atol=1e-5)
+
+
+def test_medusa_2_trains_heads_and_target(tiny, target, tmp_path: Path) -> None:
+    model = tiny()
+    model.set_attn_implementation("sdpa")
+    before = copy.deepcopy(model.state_dict())
+    objective = MedusaJointObjective(new_medusa(target, 2), model, warmup_steps=3)
+    data = make_data(tmp_path / "data", texts(30))
+    row = Row.of([data[0], data[1]])
+    alone = [objective(one, {}, 0) for one in (Row.of([data[0]]), Row.of([data[1]]))]
+    torch.testing.assert_close(objective(row, {}, 0)["loss"], alone[0]["loss"] + alone[1]["loss"])
+    params = TrainingParams(num_steps=8, row_tokens=60, learning_rate=1e-3, log_every=4)
+    trainer = Trainer(objective, target, data, params, tmp_path / "run", {}, Accelerator(cpu=True))
+    rows: list[dict] = []
+    trainer.run(Callbacks(on_row=rows.append))
+    assert rows[1]["language"] < rows[0]["language"]
+    assert any(not torch.equal(one, before[name]) for name, one in model.state_dict().items())
+    assert [group["lr"] for group in trainer._optimizer.param_groups] == [
+        pytest.approx(params.rate(7) * rate) for rate in (1e-3, 4e-3)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("values", "part"),
+    [
+        ({"num_steps": 0}, "num_steps=0"),
+        ({"learning_rate": -1.0}, "learning_rate=-1"),
+        ({"betas": (1.0, 0.9)}, "betas"),
+    ],
+)
+def test_values_out_of_range_are_named(values: dict, part: str) -> None:
+    with pytest.raises(ValueError, match=part):
+        TrainingParams(**{"num_steps": 5, **values})
+
+
+def test_the_rate_rises_and_falls() -> None:
+    params = TrainingParams(num_steps=10, warmup_steps=4, final_rate=0.1)
+    rates = [params.rate(step) for step in range(10)]
+    assert rates[:4] == sorted(rates[:4]) and rates[4] == 1 and rates[4:] == sorted(rates[4:], reverse=True)
+    assert rates[9] > 0.1 and params.rate(10) == pytest.approx(0.1)

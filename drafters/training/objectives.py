@@ -74,7 +74,7 @@ def medusa_losses(
     losses, sums, correct, counts = [], [], [], []
     for k, (head, out_MD) in enumerate(zip(heads, heads(hidden_TD[tokens_M]), strict=True)):
         assert isinstance(head, nn.Sequential)
-        weight, bias = (head[-1].weight, None) if config.has_own_lm_head else lm_head
+        weight, bias = (head[-1].get_parameter("weight"), None) if config.has_own_lm_head else lm_head
         learnt_M = learnt_KT[k, tokens_M]
         one = linear_cross_entropy(out_MD, weight, row.ahead(k + 2)[tokens_M], learnt_M.float(), bias)
         losses.append(decay ** (k + 1) * one.loss)
