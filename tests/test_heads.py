@@ -6,9 +6,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch import Tensor
-from torch.nn.functional import linear, scaled_dot_product_attention, silu
-from transformers.models.llama.modeling_llama import LlamaConfig, LlamaRotaryEmbedding, apply_rotary_pos_emb
+from head_cases import attend_within, dense_eagle
+from torch.nn.functional import linear, silu
 
 from specdec import PagedModel
 from specdec.drafters.heads import EagleConfig, EagleHead, MedusaConfig, MedusaHeads
@@ -46,48 +45,6 @@ def random_head(config: EagleConfig, seed: int = 0) -> EagleHead:
     return head
 
 
-def dense_forward(head: EagleHead, embeddings: Tensor, features: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
-    """The layer as the papers draw it, one sequence, from the parameters by their published names."""
-    config, weights = head.config, head.state_dict()
-    prefix = "midlayer" if config.version == 3 else "layers.0"
-
-    def norm(x: Tensor, name: str) -> Tensor:
-        scale = (x.double().pow(2).mean(-1, keepdim=True) + config.rms_norm_eps).rsqrt()
-        return (x.double() * scale).to(x.dtype) * weights[f"{name}.weight"]
-
-    def project(x: Tensor, name: str) -> Tensor:
-        return linear(x, weights[f"{name}.weight"], weights.get(f"{name}.bias"))
-
-    if config.version == 3:
-        fused = norm(features, f"{prefix}.hidden_norm")
-        read = torch.cat([norm(embeddings, f"{prefix}.input_layernorm"), fused], -1)
-        residual = fused if config.norm_before_residual else features
-    else:
-        read = residual = project(torch.cat([embeddings, features], -1), "fc")
-    query, key, value = (
-        project(read, f"{prefix}.self_attn.{name}_proj").unflatten(1, (-1, config.head_size)).transpose(0, 1)[None]
-        for name in "qkv"
-    )
-    settings = LlamaConfig(
-        hidden_size=8, num_attention_heads=1, head_dim=config.head_size, rope_parameters=dict(config.rope)
-    )
-    cos, sin = LlamaRotaryEmbedding(settings)(query, positions[None])
-    query, key = apply_rotary_pos_emb(query, key, cos, sin)
-    attended = scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=True)
-    hidden = residual + project(attended[0].transpose(0, 1).flatten(1), f"{prefix}.self_attn.o_proj")
-    read = norm(hidden, f"{prefix}.post_attention_layernorm")
-    gate, up = (project(read, f"{prefix}.mlp.{name}_proj") for name in ("gate", "up"))
-    return hidden + project(silu(gate) * up, f"{prefix}.mlp.down_proj")
-
-
-def masked(mask: Tensor):
-    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        heads_first = (states.transpose(0, 1)[None] for states in (query, key, value))
-        return scaled_dot_product_attention(*heads_first, attn_mask=mask, enable_gqa=True)[0].transpose(0, 1)
-
-    return attend
-
-
 @pytest.mark.parametrize("name", VERSIONS)
 def test_eagle_is_the_layer_of_the_papers(name: str) -> None:
     config = VERSIONS[name]
@@ -101,8 +58,8 @@ def test_eagle_is_the_layer_of_the_papers(name: str) -> None:
         torch.testing.assert_close(fused, linear(torch.cat(features, -1), head.fc.weight))
     else:
         assert fused is features[0]
-    hidden = head(embeddings, fused, positions, masked(mask))
-    wanted = dense_forward(head, embeddings, fused, positions, mask)
+    hidden = head(embeddings, fused, positions, attend_within(mask))
+    wanted = dense_eagle(head, embeddings, fused, positions, mask)
     torch.testing.assert_close(hidden, wanted, rtol=1e-4, atol=1e-4)
     logits = head.logits(hidden, None if config.has_own_lm_head else lambda x: x[:, :5])
     if config.has_own_lm_head:
@@ -126,7 +83,7 @@ def test_eagle_parameters_have_their_published_names() -> None:
 
 def test_eagle_keeps_its_frequencies_when_cast_and_serves_training_after_inference() -> None:
     head, positions = random_head(CONFIG), torch.tensor([61, 62, 63])
-    inputs = [torch.randn(3, 24), torch.randn(3, 24), positions, masked(torch.ones(3, 3).tril() > 0)]
+    inputs = [torch.randn(3, 24), torch.randn(3, 24), positions, attend_within(torch.ones(3, 3).tril() > 0)]
     with torch.inference_mode():
         before = head(*inputs)
     after = head.bfloat16().float()(*inputs)
