@@ -86,6 +86,7 @@ def hidden_states(target: PagedModel, tokens: Seq[int]) -> tuple[Tensor, ...]:
     return tuple(states[0] for states in out.hidden_states)
 
 
+@torch.enable_grad()
 def learn_medusa(target: PagedModel, texts: Seq[Seq[int]], num_heads: int = 3, steps: int = 60) -> MedusaHeads:
     """Heads that have seen `texts` often."""
     torch.manual_seed(0)
@@ -106,6 +107,7 @@ def learn_medusa(target: PagedModel, texts: Seq[Seq[int]], num_heads: int = 3, s
     return heads.eval()
 
 
+@torch.enable_grad()
 def learn_eagle(target: PagedModel, config: EagleConfig, texts: Seq[Seq[int]], steps: int = 80) -> EagleHead:
     """A head that has seen `texts` often: two steps deep, the second on its own outputs."""
     torch.manual_seed(0)
