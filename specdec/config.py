@@ -319,6 +319,100 @@ class DataConfig:
     folder: str = MISSING
 
 
+@dataclass
+class HeadConfig:
+    """Base of the heads that can be trained."""
+
+    label: ClassVar[str] = "none"
+    learning_rate: float = MISSING
+
+
+@dataclass
+class MedusaHeadConfig(HeadConfig):
+    """See `specdec.drafters.training.objectives.MedusaObjective`."""
+
+    label: ClassVar[str] = "medusa"
+    num_heads: int = MISSING
+    num_layers: int = MISSING
+    own_lm_head: bool = MISSING
+    decay: float = MISSING
+
+
+@dataclass
+class Medusa2HeadConfig(MedusaHeadConfig):
+    """See `specdec.drafters.training.joint.MedusaJointObjective`."""
+
+    label: ClassVar[str] = "medusa2"
+    heads_weight: float = MISSING
+    heads_rate: float = MISSING
+    heads_warmup_steps: int = MISSING
+
+
+@dataclass
+class Eagle1HeadConfig(HeadConfig):
+    """See `specdec.drafters.training.objectives.Eagle1Objective`."""
+
+    label: ClassVar[str] = "eagle1"
+    token_weight: float = MISSING
+    noise: float = MISSING
+    intermediate_size: int | None = None
+
+
+@dataclass
+class Eagle3HeadConfig(HeadConfig):
+    """See `specdec.drafters.training.objectives.Eagle3Objective`. `feature_layers` None: a low, a middle and a high one."""
+
+    label: ClassVar[str] = "eagle3"
+    num_steps: int = MISSING
+    decay: float = MISSING
+    draft_vocab_size: int | None = MISSING
+    feature_layers: list[int] | None = None
+    intermediate_size: int | None = None
+
+
+@dataclass
+class TrainingConfig:
+    """See `specdec.drafters.training.params.TrainingParams`. `mixed_precision` is no, bf16 or fp16."""
+
+    num_steps: int = MISSING
+    row_tokens: int = 2048
+    rows_per_step: int = 1
+    learning_rate: float = 1e-3
+    final_rate: float = 0.1
+    warmup_steps: int = 0
+    weight_decay: float = 0.0
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
+    max_grad_norm: float = 0.5
+    eval_every: int = 0
+    save_every: int = 0
+    patience: int = 0
+    log_every: int = 10
+    seed: int = 0
+    mixed_precision: str = MISSING
+
+
+@dataclass
+class TrainConfig:
+    """Trains a head on the records in `data`; checkpoints and the best head go to `folder`.
+
+    `cache` is a folder for the target's features (None: they are computed as training goes). Tau is measured with `policy`
+    under `sampling` and `engine` on `eval_prompts` held-out prompts (0: the held-out loss decides).
+    """
+
+    target: TargetConfig = field(default_factory=TargetConfig)
+    head: HeadConfig = field(default_factory=HeadConfig)
+    policy: PolicyConfig = field(default_factory=PolicyConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    data: str = MISSING
+    folder: str = MISSING
+    cache: str | None = MISSING
+    eval_prompts: int = MISSING
+    output: str = MISSING
+
+
 SCHEMAS: dict[str, type] = {
     "acceptance": AcceptanceConfig,
     "certify": CertifyConfig,
@@ -345,6 +439,12 @@ SCHEMAS: dict[str, type] = {
     "source/prompts": PromptsSourceConfig,
     "source/dataset": DatasetSourceConfig,
     "source/text": TextSourceConfig,
+    "head/medusa": MedusaHeadConfig,
+    "head/medusa2": Medusa2HeadConfig,
+    "head/eagle1": Eagle1HeadConfig,
+    "head/eagle3": Eagle3HeadConfig,
+    "train": TrainConfig,
+    "training": TrainingConfig,
     "tracking/jsonl": TrackingConfig,
     "tracking/wandb": WandbConfig,
 }

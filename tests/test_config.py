@@ -11,6 +11,7 @@ from omegaconf.errors import MissingMandatoryValue
 
 from specdec import config as configs
 from specdec.drafters import NGramDrafter, SmallModelDrafter
+from specdec.drafters.training.params import TrainingParams
 from specdec.engine import Engine
 from specdec.experiments.building import build, describe, sampling_params
 from specdec.experiments.system import load_system, target_name
@@ -30,6 +31,7 @@ FOLDERS = {
     "acceptance": ["output=rows.jsonl", "work_dir=."],
     "certify": ["output=one.json"],
     "data": ["folder=data"],
+    "train": ["data=data", "folder=heads"],
 }
 
 
@@ -61,7 +63,8 @@ def test_every_option_composes(group: str, option: str) -> None:
     extra += ["tracking.dir=."] if (group, option) == ("tracking", "wandb") else []
     missing = {"prompts": "prompt_file=a.txt", "dataset": "path=a", "text": "files=*.txt"}
     extra += [f"source.{missing[option]}"] if group == "source" and option in missing else []
-    compose("data" if group == "source" else "generate", f"{group}={option}", *extra)
+    experiment = {"source": "data", "head": "train", "training": "train"}.get(group, "generate")
+    compose(experiment, f"{group}={option}", *extra)
 
 
 @pytest.mark.parametrize("policy", configs.options("drafter/policy"))
@@ -100,6 +103,11 @@ def test_every_tracker_builds(tmp_path: Path) -> None:
 def test_schemas_name_what_the_library_takes() -> None:
     assert [f.name for f in fields(configs.SamplingConfig)] == [f.name for f in fields(SamplingParams)]
     assert sampling_params(compose("generate").sampling) == SamplingParams(seed=0)
+    training = {f.name: f for f in fields(configs.TrainingConfig) if f.name != "mixed_precision"}
+    assert list(training) == [f.name for f in fields(TrainingParams)]
+    assert all(
+        training[f.name].default == f.default for f in fields(TrainingParams) if f.name not in ("num_steps", "betas")
+    )
     keywords = Engine.__init__.__kwdefaults__
     assert {f.name: f.default for f in fields(configs.EngineConfig)} == keywords
 

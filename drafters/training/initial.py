@@ -63,7 +63,8 @@ def new_eagle(
     outside = [layer for layer in config.feature_layers if not 0 <= layer <= target.num_layers]
     if outside:
         raise ValueError(
-            f"feature_layers={list(config.feature_layers)}: {target.model.name} has {target.num_layers} layers"
+            f"feature_layers={list(config.feature_layers)}: {target.model.name} has {target.num_layers} layers; give three "
+            f"of 0..{target.num_layers} as head.feature_layers="
         )
     with _seeded(seed):
         head = EagleHead(config)

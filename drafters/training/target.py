@@ -23,12 +23,12 @@ class States(Protocol):
 class TrainingTarget:
     """A target that only answers: hidden states of whole rows in one forward, its embeddings, its LM head's weights.
 
-    `model` must have been loaded without packed weights; it is packed here where that pays, once the LM head's weights have
-    been put by. Raises ValueError where its logits are not its LM head's (soft-capped or scaled ones would teach a head
-    another law than the target's).
+    `model` must have been loaded without packed weights; with `pack` it is packed here where that pays, once the LM head's
+    weights have been put by. Raises ValueError where its logits are not its LM head's: soft-capped or scaled ones would
+    teach a head another law than the target's.
     """
 
-    def __init__(self, model: PagedModel) -> None:
+    def __init__(self, model: PagedModel, pack: bool = True) -> None:
         head = model.model.get_output_embeddings()
         if not isinstance(head, nn.Linear):
             raise ValueError(f"{model.name}: its LM head is no plain linear layer: load the target with packed=false")
@@ -39,7 +39,8 @@ class TrainingTarget:
         self._pool = PagePool(0)
         self._cache = model.new_cache(self._pool)
         self._check_lm_head()
-        model.pack()
+        if pack:
+            model.pack()
 
     def embed(self, token_ids_T: Tensor) -> Tensor:
         with torch.no_grad():

@@ -1,0 +1,84 @@
+"""From a config to what is trained: the head on its target, its objective, where its features come from."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from specdec.config import (
+    Eagle1HeadConfig,
+    Eagle3HeadConfig,
+    HeadConfig,
+    Medusa2HeadConfig,
+    MedusaHeadConfig,
+    TrainConfig,
+)
+from specdec.drafters.training.initial import new_eagle, new_medusa
+from specdec.drafters.training.joint import MedusaJointObjective
+from specdec.drafters.training.objectives import Eagle1Objective, Eagle3Objective, MedusaObjective, Objective
+from specdec.drafters.training.params import TrainingParams
+from specdec.drafters.training.records import RecordSet
+from specdec.drafters.training.target import TrainingTarget
+from specdec.drafters.training.vocabulary import coverage, most_frequent, token_counts
+
+PRECISIONS = ("no", "bf16", "fp16")
+
+
+def training_params(config: TrainConfig) -> TrainingParams:
+    """Raises ValueError naming the value out of range."""
+    values = asdict(config.training)
+    if values.pop("mixed_precision") not in PRECISIONS:
+        raise ValueError(f"training.mixed_precision={config.training.mixed_precision} must be {', '.join(PRECISIONS)}")
+    return TrainingParams(**{**values, "betas": tuple(values["betas"])})
+
+
+def build_objective(head: HeadConfig, target: TrainingTarget, data: RecordSet, seed: int) -> Objective:
+    """A new head and its objective."""
+    if isinstance(head, MedusaHeadConfig):
+        heads = new_medusa(target, head.num_heads, head.num_layers, head.own_lm_head)
+        if not isinstance(head, Medusa2HeadConfig):
+            return MedusaObjective(heads, target, head.decay)
+        return MedusaJointObjective(
+            heads, target.model.model, head.decay, head.heads_weight, head.heads_rate, head.heads_warmup_steps
+        )
+    if isinstance(head, Eagle1HeadConfig):
+        eagle = new_eagle(target, 1, seed, intermediate_size=head.intermediate_size)
+        return Eagle1Objective(eagle, target, head.token_weight, head.noise)
+    assert isinstance(head, Eagle3HeadConfig)
+    counts_V = token_counts(data, target.vocab_size)
+    size = head.draft_vocab_size
+    ids = None if size is None or size >= target.vocab_size else most_frequent(counts_V, size)
+    if ids is not None:
+        share = coverage(counts_V, ids)
+        print(f"draft vocabulary: {size} of {target.vocab_size} tokens, {share:.2%} of the tokens to be learnt")
+    eagle = new_eagle(target, 3, seed, ids, head.feature_layers, head.intermediate_size)
+    return Eagle3Objective(eagle, target, head.num_steps, head.decay)
+
+
+def settings_of(config: TrainConfig, target_name: str) -> dict[str, Any]:
+    """What a training is, beside its data and `TrainingParams`."""
+    evaluated = {
+        "policy": {"name": config.policy.label, **asdict(config.policy)},
+        "sampling": asdict(config.sampling),
+        "eval_prompts": config.eval_prompts,
+    }
+    return {
+        "target": target_name,
+        "dtype": config.target.dtype,
+        "head": {"kind": config.head.label, **asdict(config.head)},
+        "mixed_precision": config.training.mixed_precision,
+        **evaluated,
+    }
+
+
+def check(config: TrainConfig) -> None:
+    """Raises ValueError for what can be seen to be wrong before the target is loaded."""
+    if config.eval_prompts < 0:
+        raise ValueError(f"eval_prompts={config.eval_prompts} must be >= 0")
+    if isinstance(config.head, Medusa2HeadConfig) and config.cache is not None:
+        raise ValueError("head=medusa2 trains the target, so its features change: leave out cache=")
+    if not Path(config.data).is_dir():
+        raise ValueError(
+            f"data={config.data}: no such folder; make training data with `specdec data folder={config.data}`"
+        )

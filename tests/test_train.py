@@ -1,0 +1,174 @@
+"""`specdec train` from data to a head that loads and serves."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState, PartialState
+
+from specdec import cli
+from specdec.config import EngineConfig, compose, to_typed
+from specdec.drafters.heads.formats import load_head
+from specdec.drafters.training.cache import FeatureCache
+from specdec.drafters.training.records import Record, RecordSet, RecordWriter
+from specdec.drafters.training.rows import Row
+from specdec.drafters.training.target import TrainingTarget
+from specdec.experiments.building import build
+from specdec.experiments.tau import held_out_prompts, measure_tau
+from specdec.model import PagedModel
+from specdec.sampling import SamplingParams
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    yield
+    AcceleratorState._reset_state(True)
+    PartialState._reset_state()
+    GradientState._reset_state()
+
+
+@pytest.fixture(scope="module")
+def model(tiny, tokenizer, tmp_path_factory) -> str:
+    folder = tmp_path_factory.mktemp("models") / "target"
+    tiny(vocab_size=len(tokenizer), max_position_embeddings=512).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def data(model: str, tmp_path_factory) -> str:
+    """Texts of the target's own, so that there is something to learn."""
+    folder = tmp_path_factory.mktemp("data") / "own"
+    prompts = folder.parent / "prompts.txt"
+    prompts.write_text("\n".join(f"prompt {i}" for i in range(40)))
+    words = [f"target.path={model}", f"source.prompt_file={prompts}", f"folder={folder}", "sampling.max_new_tokens=24"]
+    fixed = ["target=hf", "source=prompts", "sampling=greedy", "num_records=null", "held_out=0.2", "max_length=64"]
+    assert cli.main(["data", *fixed, *words]) == 0
+    return str(folder)
+
+
+@pytest.fixture
+def train(model: str, data: str, capfd: pytest.CaptureFixture[str]):
+    """Runs `specdec train` on the tiny target into the folder `run`; status, what was printed, rows."""
+
+    def train(*words: str) -> tuple[int, str, list[dict]]:
+        fixed = ("target=hf", f"target.path={model}", f"data={data}", "folder=run", "eval_prompts=2")
+        sizes = ("training.num_steps=4", "training.row_tokens=100", "training.eval_every=2", "training.log_every=2")
+        status = cli.main(["train", *fixed, *sizes, "training.mixed_precision=no", "sampling.max_new_tokens=8", *words])
+        captured = capfd.readouterr()
+        rows = Path("run/rows.jsonl")
+        found = [json.loads(line) for line in rows.read_text().splitlines()] if rows.exists() else []
+        return status, captured.out + captured.err, found
+
+    return train
+
+
+EXTRA = {
+    "medusa": ["head.num_heads=3"],
+    "medusa2": ["head.num_heads=2", "head.own_lm_head=false"],
+    "eagle1": [],
+    "eagle3": ["head.num_steps=2", "head.draft_vocab_size=60", "head.feature_layers=[0,1,2]"],
+}
+
+
+@pytest.mark.parametrize("kind", EXTRA)
+def test_a_head_is_trained_saved_and_served(kind: str, train, model: str, data: str) -> None:
+    status, said, rows = train(f"head={kind}", *EXTRA[kind])
+    assert status == 0, said
+    assert [(row["kind"], row.get("step")) for row in rows] == [
+        ("train", 2),
+        ("eval", 2),
+        ("train", 4),
+        ("eval", 4),
+        ("summary", None),
+    ]
+    evals = [row for row in rows if row["kind"] == "eval"]
+    assert all(row["tau"] >= 1 and 0 <= row["accuracy_1"] <= 1 and row["loss"] > 0 for row in evals)
+    assert rows[-1]["tau"] == max(row["tau"] for row in evals) and rows[-1]["command"].startswith("specdec train ")
+    assert Path("run/rows.png").stat().st_size > 0 and "evaluations" in said
+    # The saved head, served by hand, has the tau that chose it.
+    target = PagedModel.load("run/best/target" if kind == "medusa2" else model)
+    policy = build(to_typed(compose("train", ["data=a", "folder=b"])).policy)
+    prompts = held_out_prompts(RecordSet(data, "held_out"), 2)
+    found = measure_tau(
+        load_head("run/best", target), target, policy, prompts, SamplingParams(max_new_tokens=8, seed=0), EngineConfig()
+    )
+    assert found["tau"] == rows[-1]["tau"]
+
+
+def test_a_finished_training_does_nothing_more(train) -> None:
+    assert train("head=medusa", *EXTRA["medusa"])[0] == 0
+    status, said, rows = train("head=medusa", *EXTRA["medusa"])
+    assert status == 0, said
+    assert [row["kind"] for row in rows].count("eval") == 2
+    status, said, _ = train("head=medusa", *EXTRA["medusa"], "training.seed=1")
+    assert status == 2 and "seed=0, not 1" in said
+
+
+@pytest.mark.parametrize("kind", ["medusa", "eagle1", "eagle3"])
+def test_cached_features_give_the_same_losses(kind: str, train) -> None:
+    status, said, online = train(f"head={kind}", *EXTRA[kind])
+    assert status == 0, said
+    status, said, cached = train(
+        f"head={kind}", *EXTRA[kind], "folder=other", "cache=features", "output=run/rows.jsonl"
+    )
+    assert status == 0, said
+    cached = cached[len(online) :]
+    for one, other in zip(online[:-1], cached[:-1], strict=True):
+        assert one == pytest.approx(other)
+
+
+def test_a_cache_is_filled_where_it_was_left(tiny, tmp_path: Path) -> None:
+    target = TrainingTarget(PagedModel(tiny()))
+    generator = torch.Generator().manual_seed(0)
+    writer = RecordWriter("data", {}, {})
+    records = [
+        Record(torch.randint(97, (5 + i,), generator=generator), torch.ones(5 + i, dtype=torch.bool), i)
+        for i in range(7)
+    ]
+    writer.commit(records, {})
+    writer.flush()
+    everything = RecordSet("data", "all")
+    options = {"hidden_size": 32, "dtype": torch.float32, "target_name": "t", "shard_size": 3}
+
+    class Stop(Exception):
+        pass
+
+    def stop(done: int, total: int) -> None:
+        raise Stop
+
+    cache = FeatureCache("cache", everything, (0, 2), **options)
+    assert cache.bytes_per_token == 2 * 32 * 4
+    with pytest.raises(Stop):
+        cache.fill(target, 20, stop)
+    again = FeatureCache("cache", everything, (0, 2), **options)
+    seen = []
+    again.fill(target, 20, lambda done, total: seen.append((done, total)))
+    assert seen == [(1, 3), (2, 3), (3, 3)]
+    row = Row.of([records[5], records[1], records[6]])
+    torch.testing.assert_close(again([5, 1, 6], row, (2, 0)), target([], row, (2, 0)))
+    assert sum(file.stat().st_size for file in Path("cache").glob("*.safetensors")) < 1.2 * again.num_bytes + 3000
+    with pytest.raises(ValueError, match=r"layers=\[0, 2\], not \[1\]"):
+        FeatureCache("cache", everything, (1,), **options)
+
+
+@pytest.mark.parametrize(
+    ("words", "part"),
+    [
+        (["data=nowhere"], "data=nowhere: no such folder"),
+        (["training.mixed_precision=int3"], "mixed_precision=int3"),
+        (["training.num_steps=0"], "num_steps=0"),
+        (["head=medusa", "training.row_tokens=100000"], "makes 1 rows of 100000 tokens, and a step takes 2"),
+        (["eval_prompts=1000"], "eval_prompts=1000"),
+        (["head=eagle3", "head.feature_layers=[0,1,9]", "head.draft_vocab_size=null"], "has 2 layers; give"),
+        (["head=medusa2", "cache=features"], "leave out cache="),
+    ],
+)
+def test_errors_are_one_line(train, words: list[str], part: str) -> None:
+    status, said, _ = train("training.rows_per_step=2", *words)
+    assert status == 2
+    assert part in said and said.strip().count("\n") == 0
