@@ -233,6 +233,28 @@ class CertifyConfig:
 
 
 @dataclass
+class HeadFilesConfig:
+    """A checkpoint of a learned head: `path` is a hub id, folder or file, `model` its target, of which only the config is
+    read. `layer_ids` input or output and `norm_before_residual` overrule what the checkpoint's format implies."""
+
+    # The key whose value may stand on the command line without it.
+    positional: ClassVar[str] = "path"
+    path: str = MISSING
+    model: str | None = None
+    layer_ids: str | None = None
+    norm_before_residual: bool | None = None
+
+
+@dataclass
+class ExportConfig(HeadFilesConfig):
+    """`base_model` names the target in what is written (None: as the checkpoint does)."""
+
+    format: str = MISSING
+    output: str = MISSING
+    base_model: str | None = None
+
+
+@dataclass
 class AcceptanceConfig(RunConfig):
     """`policies` holds the overrides of `drafter/policy` that one would give to `generate`, `rules` names (none: all). Of each
     text every `stride`-th token is a root; a tree is judged with `num_repeats` seeds at once, so memory grows with
@@ -253,6 +275,8 @@ class AcceptanceConfig(RunConfig):
 SCHEMAS: dict[str, type] = {
     "acceptance": AcceptanceConfig,
     "certify": CertifyConfig,
+    "inspect": HeadFilesConfig,
+    "export": ExportConfig,
     "generate": GenerateConfig,
     "benchmark": BenchmarkConfig,
     "contender": ContenderConfig,

@@ -21,7 +21,8 @@ from specdec.verifiers import RULES
 
 ROOT = Path(__file__).resolve().parent.parent
 ENTRIES = sorted(path.stem for path in (ROOT / "configs").glob("*.yaml") if path.stem != "quiet")
-EXPERIMENTS = [name for name in ENTRIES if (ROOT / "experiments" / f"{name}.py").exists()]
+# A file that would hide a standard module ends in an underscore.
+EXPERIMENTS = [one for one in ENTRIES if any((ROOT / "experiments" / f"{one}{end}.py").exists() for end in ("", "_"))]
 OPTIONS = [(group, option) for group, options in configs.groups().items() for option in options]
 # Without a run of Hydra there is no run folder for rows to go to.
 FOLDERS = {
@@ -29,6 +30,8 @@ FOLDERS = {
     "benchmark": ["output=rows.jsonl", "work_dir=."],
     "acceptance": ["output=rows.jsonl", "work_dir=."],
     "certify": ["output=one.json"],
+    "inspect": ["path=somewhere"],
+    "export": ["path=somewhere", "format=vllm", "output=there"],
 }
 
 
