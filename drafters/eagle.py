@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from specdec.drafters.heads.eagle import EagleHead
+from specdec.drafters.heads.source import HeadSource, resolve
 from specdec.drafters.levels import LevelRound, Span
 from specdec.drafters.network import NetworkDrafter, NextLogits, fitted
 from specdec.interfaces import Commit
@@ -48,14 +49,16 @@ class EagleDrafter(NetworkDrafter):
 
     name = "eagle"
 
-    def __init__(self, head: EagleHead) -> None:
-        self.head = head
-        self.feature_layers = head.config.feature_layers
+    def __init__(self, head: EagleHead | HeadSource[EagleHead]) -> None:
+        self._source = head
+        self.feature_layers: tuple[int, ...] = ()
         self._cache: KVCache | None = None
         self._states: dict[int, _State] = {}
 
     def bind(self, target: PagedModel, pool: PagePool) -> None:
+        self.head = resolve(self._source, target)
         check_fit(self.head, target)
+        self.feature_layers = self.head.config.feature_layers
         self._served = fitted(self.head, target, _run_once)
         self.vocab_size, self.device = target.vocab_size, target.device
         self._target = target
@@ -161,6 +164,12 @@ def check_fit(head: EagleHead, target: PagedModel) -> None:
     else:
         return
     raise ValueError(f"the EAGLE head is for {found} of target {target.name}: choose a head trained for this target")
+
+
+def load(path: str, layer_ids: str | None = None, norm_before_residual: bool | None = None) -> EagleDrafter:
+    """A drafter from a checkpoint of any known format, read when the drafter meets its target; options as in `load_head`."""
+    options = {"layer_ids": layer_ids, "norm_before_residual": norm_before_residual}
+    return EagleDrafter(HeadSource(path, EagleHead, **options))
 
 
 def _run_once(head: EagleHead) -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from specdec.drafters.heads.medusa import MedusaHeads
+from specdec.drafters.heads.source import HeadSource, resolve
 from specdec.drafters.network import NetworkDrafter, NetworkRound, NextLogits, fitted
 from specdec.interfaces import Commit
 from specdec.model import PagedModel
@@ -25,12 +26,13 @@ class MedusaDrafter(NetworkDrafter):
 
     name = "medusa"
 
-    def __init__(self, heads: MedusaHeads) -> None:
-        self.heads = heads
+    def __init__(self, heads: MedusaHeads | HeadSource[MedusaHeads]) -> None:
+        self._source = heads
         self.feature_layers: tuple[int, ...] = ()
         self._states: dict[int, Tensor] = {}
 
     def bind(self, target: PagedModel, pool: PagePool) -> None:
+        self.heads = resolve(self._source, target)
         config = self.heads.config
         for what, ours, theirs in (
             ("hidden states of size", config.hidden_size, target.hidden_size),
@@ -95,6 +97,11 @@ class _MedusaNext:
         if self._draft.has_penalties:
             return NextLogits(self._draft, self._logits_B1V.expand(-1, self._width, -1)).laws(paths_BWK)
         return NextLogits(self._draft, self._logits_B1V).laws(paths_BWK[:, :1]).expand(-1, self._width, -1)
+
+
+def load(path: str) -> MedusaDrafter:
+    """A drafter from a checkpoint of any known format, read when the drafter meets its target."""
+    return MedusaDrafter(HeadSource(path, MedusaHeads))
 
 
 def _run_once(heads: MedusaHeads) -> None:
