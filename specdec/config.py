@@ -104,6 +104,25 @@ class SmallModelConfig(DrafterConfig):
 
 
 @dataclass
+class MedusaDrafterConfig(DrafterConfig):
+    """`path` is a checkpoint of heads in any known format."""
+
+    label: ClassVar[str] = "medusa"
+    _target_: str = MISSING
+    path: str | None = None
+    policy: PolicyConfig = field(default_factory=PolicyConfig)
+
+
+@dataclass
+class EagleDrafterConfig(MedusaDrafterConfig):
+    """See `specdec.drafters.heads.formats.load_head` for what overrules the checkpoint."""
+
+    label: ClassVar[str] = "eagle"
+    layer_ids: str | None = None
+    norm_before_residual: bool | None = None
+
+
+@dataclass
 class RuleConfig:
     _target_: str = MISSING
 
@@ -168,8 +187,8 @@ class WandbConfig(TrackingConfig):
 
 @dataclass
 class SystemConfig:
-    """What decodes: drafter (with its policy) and rule. `draft` is the draft model's hub id or path, for whichever drafter
-    needs one: a sweep over drafters names it once."""
+    """What decodes: drafter (with its policy) and rule. `draft` is the hub id or path of the draft model or head, for whichever
+    drafter needs one: a sweep over drafters names it once."""
 
     drafter: DrafterConfig = field(default_factory=DrafterConfig)
     rule: RuleConfig = field(default_factory=RuleConfig)
@@ -230,6 +249,28 @@ class CertifyConfig:
     level: str = MISSING
     rules: list[str] = MISSING
     output: str = MISSING
+
+
+@dataclass
+class HeadFilesConfig:
+    """A checkpoint of a learned head: `path` is a hub id, folder or file, `model` its target, of which only the config is
+    read. `layer_ids` input or output and `norm_before_residual` overrule what the checkpoint's format implies."""
+
+    # The key whose value may stand on the command line without it.
+    positional: ClassVar[str] = "path"
+    path: str = MISSING
+    model: str | None = None
+    layer_ids: str | None = None
+    norm_before_residual: bool | None = None
+
+
+@dataclass
+class ExportConfig(HeadFilesConfig):
+    """`base_model` names the target in what is written (None: as the checkpoint does)."""
+
+    format: str = MISSING
+    output: str = MISSING
+    base_model: str | None = None
 
 
 @dataclass
@@ -417,6 +458,8 @@ SCHEMAS: dict[str, type] = {
     "acceptance": AcceptanceConfig,
     "certify": CertifyConfig,
     "data": DataConfig,
+    "inspect": HeadFilesConfig,
+    "export": ExportConfig,
     "generate": GenerateConfig,
     "benchmark": BenchmarkConfig,
     "contender": ContenderConfig,
@@ -429,6 +472,8 @@ SCHEMAS: dict[str, type] = {
     "drafter/none": DrafterConfig,
     "drafter/ngram": NGramConfig,
     "drafter/small_model": SmallModelConfig,
+    "drafter/medusa": MedusaDrafterConfig,
+    "drafter/eagle": EagleDrafterConfig,
     "policy/chain": ChainConfig,
     "policy/static": StaticConfig,
     "policy/top_k": TopKConfig,

@@ -48,14 +48,8 @@ def load_head(
     `dtype` None keeps what is stored. Raises ValueError that names every missing, unexpected or misshapen tensor and
     every contradiction, FileNotFoundError where there is nothing.
     """
-    options = Options(target, layer_ids, norm_before_residual)
-    found = describe(read_checkpoint(path), options)
-    if found.findings.problems:
-        raise ValueError(f"{path}: {'; '.join(found.findings.problems)}")
-    if found.findings.unknown:
-        raise ValueError(f"{path}: only the target tells its {', '.join(found.findings.unknown)}; give the target")
-    assert found.config is not None
-    head = empty_head(found.config)
+    found = describe(read_checkpoint(path), Options(target, layer_ids, norm_before_residual))
+    head = empty_head(_config_of(found, path))
     head.load_state_dict(dict(found.tensors), assign=True)
     return head.to(device=device, dtype=dtype)
 
@@ -74,33 +68,26 @@ def save_head(
     capture of it. Raises ValueError where the format cannot hold the head, or where its readers would compute
     something else.
     """
-    return write_head(head.config, head.state_dict(), path, format, base_model, target)
+    return _write(head.config, head.state_dict(), path, format, base_model, target)
 
 
-def write_head(
-    config: HeadConfig,
-    tensors: Mapping[str, Tensor],
+def export_head(
     path: str | os.PathLike[str],
+    output: str | os.PathLike[str],
     format: str,
-    base_model: str | None,
-    target: Target | None,
+    target: Target | None = None,
+    *,
+    layer_ids: str | None = None,
+    norm_before_residual: bool | None = None,
+    base_model: str | None = None,
 ) -> Path:
-    """As `save_head`, of parameters by name."""
-    drafter = native.drafter_of(config)
-    if format not in FORMATS:
-        raise ValueError(f"format={format!r} is unknown; use one of {', '.join(FORMATS)}")
-    if drafter not in FORMATS[format]:
-        fitting = [name for name, drafters in FORMATS.items() if drafter in drafters]
-        raise ValueError(f"format={format} holds no {drafter} head; use one of {', '.join(fitting)}")
-    name = "model.safetensors"
-    if format == native.KEY:
-        written, settings = native.write(config, tensors, base_model)
-    elif isinstance(config, medusa.MedusaConfig):
-        written, settings, name = medusa.write(config, tensors, format, base_model)
-    else:
-        num_layers = None if target is None else target.num_layers
-        written, settings = eagle_export.write(config, tensors, format, base_model, num_layers)
-    return write_checkpoint(path, written, settings, name)
+    """Writes the head at `path` once more, in another format, into the folder `output`; returns the weight file.
+
+    As `load_head` and `save_head`, without the network in between. `base_model` None keeps the name that `path` gives.
+    """
+    found = describe(read_checkpoint(path), Options(target, layer_ids, norm_before_residual))
+    _check_format(format, found.drafter)
+    return _write(_config_of(found, path), found.tensors, output, format, base_model or found.base_model, target)
 
 
 def describe(checkpoint: Checkpoint, options: Options) -> Description:
@@ -119,3 +106,42 @@ def describe(checkpoint: Checkpoint, options: Options) -> Description:
     if options.target is not None and found.config is not None:
         check_target(found.config, options.target, found.findings)
     return found
+
+
+def _config_of(found: Description, path: str | os.PathLike[str]) -> HeadConfig:
+    """The config of a head without faults, all of it known; raises ValueError where it is not."""
+    if found.findings.problems:
+        raise ValueError(f"{path}: {'; '.join(found.findings.problems)}")
+    if found.findings.unknown:
+        unknown = ", ".join(found.findings.unknown)
+        raise ValueError(f"{path}: only the target tells its {unknown}; give the target (model= on the command line)")
+    assert found.config is not None
+    return found.config
+
+
+def _check_format(format: str, drafter: str) -> None:
+    if format not in FORMATS:
+        raise ValueError(f"format={format!r} is unknown; use one of {', '.join(FORMATS)}")
+    fitting = [name for name, drafters in FORMATS.items() if drafter in drafters]
+    if fitting and format not in fitting:
+        raise ValueError(f"format={format} holds no {drafter} head; use one of {', '.join(fitting)}")
+
+
+def _write(
+    config: HeadConfig,
+    tensors: Mapping[str, Tensor],
+    path: str | os.PathLike[str],
+    format: str,
+    base_model: str | None,
+    target: Target | None,
+) -> Path:
+    _check_format(format, native.drafter_of(config))
+    name = "model.safetensors"
+    if format == native.KEY:
+        written, settings = native.write(config, tensors, base_model)
+    elif isinstance(config, medusa.MedusaConfig):
+        written, settings, name = medusa.write(config, tensors, format, base_model)
+    else:
+        num_layers = None if target is None else target.num_layers
+        written, settings = eagle_export.write(config, tensors, format, base_model, num_layers)
+    return write_checkpoint(path, written, settings, name)
