@@ -140,7 +140,8 @@ def _source(config: DataConfig, target: PagedModel, given: list[str]) -> Source:
 
 
 def _report(writer: RecordWriter) -> None:
-    table = Table(title=f"{writer.folder}: {writer.num_records} records ({writer.num_resumed} from before)")
+    title = f"{writer.folder}: {writer.num_records} records ({writer.num_resumed} from before)"
+    table = Table(title=title, min_width=60)
     table.add_column("of the texts offered")
     table.add_column("", justify="right")
     for reason, count in writer.counts.items():

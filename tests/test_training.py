@@ -330,6 +330,31 @@ def test_a_stopped_training_goes_on_as_if_it_had_not_been(kind: str, target, tmp
         make_trainer(kind, target, data, tmp_path / "parts", learning_rate=0.5)
 
 
+def test_a_stopped_evaluation_is_made_up_for(target, tmp_path: Path) -> None:
+    data = make_data(tmp_path / "data", texts(30))
+
+    def interrupted(state: object) -> dict[str, float]:
+        raise Stop
+
+    trainer = make_trainer("medusa", target, data, tmp_path / "run", eval_every=2)
+    with pytest.raises(Stop):
+        trainer.run(Callbacks(evaluate=interrupted))
+    seen: list[int] = []
+    again = make_trainer("medusa", target, data, tmp_path / "run", eval_every=2)
+    again.run(Callbacks(evaluate=lambda state: {"tau": 1.0}, on_row=lambda row: seen.append(row["step"])))
+    assert seen == [2, 4, 6, 6]
+
+
+def test_texts_too_short_for_the_later_steps(target) -> None:
+    objective = make_objective("eagle3", target)
+    for length, counts in ((2, [0, 0, 0]), (3, [1, 0, 0]), (4, [2, 1, 0])):
+        row = Row.of([Record(torch.arange(3, 3 + length), torch.ones(length, dtype=torch.bool), 0)])
+        out = objective(row, target([], row, objective.layers), 0)
+        assert out["count_K"].tolist() == counts
+        assert out["loss_K"].shape == out["correct_K"].shape == (3,)
+        out["loss"].backward()
+
+
 def test_training_stops_when_tau_no_longer_rises(target, tmp_path: Path) -> None:
     data = make_data(tmp_path / "data", texts(30))
     trainer = make_trainer("eagle1", target, data, tmp_path / "run", num_steps=20, eval_every=2, patience=2)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import shutil
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
@@ -32,10 +31,10 @@ _FREE = ("log_every", "save_every")
 
 @dataclass
 class Progress:
-    """How far a training is: steps taken, evaluations, and the best score (tau, or else minus the held-out loss)."""
+    """How far a training is: steps taken, the step evaluated last, the best score (tau, or else minus the held-out loss)."""
 
     step: int = 0
-    num_evals: int = 0
+    evaluated_step: int = 0
     best_score: float | None = None
     best_step: int = 0
     evals_without_gain: int = 0
@@ -98,28 +97,39 @@ class Trainer:
         self._resume()
 
     def run(self, callbacks: Callbacks | None = None, held_out: RecordSet | None = None) -> Progress:
-        """Trains to the end or to the early stop, looking at `held_out` at each evaluation. Ctrl-C saves a checkpoint."""
+        """Trains to the end or to the early stop, looking at `held_out` at each evaluation. Ctrl-C saves a checkpoint in a
+        training of one process."""
         params, progress, calls = self.params, self.progress, callbacks or Callbacks()
         totals = Totals()
         try:
-            while progress.step < params.num_steps and not progress.stopped_early:
+            # An evaluation that was stopped is made up for.
+            self._evaluate_if_due(calls, held_out)
+            while not self.is_done:
                 with interrupted_after():
                     self._train_step(progress.step, totals)
                     progress.step += 1
-                is_last = progress.step == params.num_steps
-                if is_last or progress.step % params.log_every == 0:
+                if self._is_due(params.log_every):
                     rate = self._optimizer.param_groups[0]["lr"]
                     self._emit(calls, {"kind": "train", "learning_rate": rate, **totals.means(self.accelerator)})
                     totals = Totals()
-                if is_last or (params.eval_every and progress.step % params.eval_every == 0):
-                    self._evaluate(calls, held_out)
-                if is_last or progress.stopped_early or (params.save_every and progress.step % params.save_every == 0):
+                self._evaluate_if_due(calls, held_out)
+                if self.is_done or self._is_due(params.save_every):
                     self.save()
                 calls.on_step(progress.step)
         except KeyboardInterrupt:
-            self.save()
+            # Several processes may have been interrupted in different steps; their last common checkpoint stands.
+            if self.accelerator.num_processes == 1:
+                self.save()
             raise
         return progress
+
+    @property
+    def is_done(self) -> bool:
+        return self.progress.stopped_early or self.progress.step == self.params.num_steps
+
+    def _is_due(self, every: int) -> bool:
+        step = self.progress.step
+        return step > 0 and (step == self.params.num_steps or (every > 0 and step % every == 0))
 
     def save(self) -> None:
         """A checkpoint of this step; the ones before are removed once it is complete."""
@@ -169,8 +179,10 @@ class Trainer:
         layers = self.objective.layers
         return self._states([data.index_in_folder(i) for i in records], row, layers) if layers else {}
 
-    def _evaluate(self, calls: Callbacks, held_out: RecordSet | None) -> None:
+    def _evaluate_if_due(self, calls: Callbacks, held_out: RecordSet | None) -> None:
         progress = self.progress
+        if not self._is_due(self.params.eval_every) or progress.evaluated_step == progress.step:
+            return
         row: dict[str, Any] = {"kind": "eval"}
         if held_out is not None and len(held_out):
             row |= self.validate(held_out)
@@ -178,14 +190,15 @@ class Trainer:
         state = self.accelerator.get_state_dict(self.module)
         if calls.evaluate is not None and self.accelerator.is_main_process:
             row |= calls.evaluate(state)
-        shared = [row.get("tau", -row["loss"] if "loss" in row else -math.inf)]
-        broadcast_object_list(shared)
-        progress.num_evals += 1
-        if progress.best_score is None or shared[0] > progress.best_score:
-            progress.best_score, progress.best_step, progress.evals_without_gain = shared[0], progress.step, 0
+        # Where nothing is measured, the latest weights are the best.
+        scores = [row.get("tau", -row["loss"] if "loss" in row else float(progress.step))]
+        broadcast_object_list(scores)
+        if progress.best_score is None or scores[0] > progress.best_score:
+            progress.best_score, progress.best_step, progress.evals_without_gain = scores[0], progress.step, 0
             self._on_main(lambda: calls.on_best(state))
         else:
             progress.evals_without_gain += 1
+        progress.evaluated_step = progress.step
         progress.stopped_early = 0 < self.params.patience <= progress.evals_without_gain
         self._emit(calls, {**row, "is_best": progress.best_step == progress.step})
 

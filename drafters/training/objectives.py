@@ -177,7 +177,10 @@ class Eagle3Objective(Objective):
             sums.append(one.loss.detach())
             correct.append(one.correct_M.sum())
             counts.append(learnt_M.sum())
-        return _result(losses, sums, correct, counts)
+        # Texts may be too short for the later steps; sums of rows must have one shape.
+        nothing = [torch.zeros_like(counts[0])] * (self.num_steps - len(counts))
+        zeros = [torch.zeros_like(sums[0])] * len(nothing)
+        return _result(losses, sums + zeros, correct + nothing, counts + nothing)
 
     def unroll(self, row: Row, states: Mapping[int, Tensor]) -> list[tuple[Tensor, Tensor]]:
         """Per step the head's outputs [M, D] and the tokens [M] of the row that they lie behind: all of them at first, then
@@ -186,7 +189,7 @@ class Eagle3Objective(Objective):
         assert isinstance(head, EagleHead)
         attention = UnrollAttention(row.lengths)
         tokens_M = torch.arange(len(row.token_ids_T), device=row.device)
-        hidden_MD = head.fuse([as_trained(states[layer]) for layer in head.config.feature_layers])
+        hidden_MD = as_trained(head.fuse([as_trained(states[layer]) for layer in head.config.feature_layers]))
         steps = []
         for k in range(self.num_steps):
             if k == 1:
