@@ -109,7 +109,7 @@ def _prepare(
         # Weights that are trained are kept in float32, whatever products run in.
         paged.model.float()
     target = TrainingTarget(paged, pack=config.target.packed and not is_joint)
-    objective = build_objective(config.head, target, train, params.seed)
+    objective = build_objective(config.head, target, train, params.seed, accelerator.print)
     states: States = target
     if config.cache is not None:
         states = _filled_cache(config, target, objective.layers, params.row_tokens, accelerator)

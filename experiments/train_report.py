@@ -10,23 +10,24 @@ from typing import Any
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from rich.table import Table
 
 
 def training_table(rows: Seq[dict[str, Any]]) -> Table:
-    """A line per evaluation: held-out loss, accuracy and acceptance per drafted place, tau; the best one is marked."""
+    """A line per evaluation: held-out loss, accuracy of each drafted place, tau; the best one is marked."""
     evals = [row for row in rows if row["kind"] == "eval"]
-    table = Table(title="evaluations", min_width=60)
+    table = Table(title="evaluations: held-out loss, accuracy of each drafted place, tau", min_width=60)
     places = max((len(_places(row, "accuracy")) for row in evals), default=0)
-    for name in ("step", "loss", *(f"accuracy {k}" for k in range(1, places + 1)), "tau"):
+    for name in ("step", "loss", *(f"{k}." for k in range(1, places + 1)), "tau"):
         table.add_column(name, justify="right")
     best = next((row["step"] for row in reversed(evals) if row["is_best"]), None)
     for row in evals:
         found = [f"{value:.3f}" for value in _places(row, "accuracy")]
         tau = f"{row['tau']:.3f}" if "tau" in row else ""
-        mark = " (best)" if row["step"] == best else ""
+        mark = "best " if row["step"] == best else ""
         loss = f"{row['loss']:.3f}" if "loss" in row else ""
-        table.add_row(str(row["step"]), loss, *found, *[""] * (places - len(found)), tau + mark)
+        table.add_row(str(row["step"]), loss, *found, *[""] * (places - len(found)), mark + tau)
     return table
 
 
@@ -60,6 +61,7 @@ def training_picture(rows_file: Path, path: Path) -> None:
         if panel.get_legend_handles_labels()[0]:
             panel.legend(fontsize=8, ncols=2)
     panels[-1].set_xlabel("step")
+    panels[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
     figure.savefig(path, dpi=150)
 
 

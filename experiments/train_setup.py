@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -33,8 +34,10 @@ def training_params(config: TrainConfig) -> TrainingParams:
     return TrainingParams(**{**values, "betas": tuple(values["betas"])})
 
 
-def build_objective(head: HeadConfig, target: TrainingTarget, data: RecordSet, seed: int) -> Objective:
-    """A new head and its objective."""
+def build_objective(
+    head: HeadConfig, target: TrainingTarget, data: RecordSet, seed: int, say: Callable[[str], object] = print
+) -> Objective:
+    """A new head and its objective; `say` tells what was chosen."""
     if isinstance(head, MedusaHeadConfig):
         heads = new_medusa(target, head.num_heads, head.num_layers, head.own_lm_head)
         if not isinstance(head, Medusa2HeadConfig):
@@ -51,7 +54,7 @@ def build_objective(head: HeadConfig, target: TrainingTarget, data: RecordSet, s
     ids = None if size is None or size >= target.vocab_size else most_frequent(counts_V, size)
     if ids is not None:
         share = coverage(counts_V, ids)
-        print(f"draft vocabulary: {size} of {target.vocab_size} tokens, {share:.2%} of the tokens to be learnt")
+        say(f"draft vocabulary: {size} of {target.vocab_size} tokens, {share:.2%} of the tokens to be learnt")
     eagle = new_eagle(target, 3, seed, ids, head.feature_layers, head.intermediate_size)
     return Eagle3Objective(eagle, target, head.num_steps, head.decay)
 

@@ -34,8 +34,8 @@ def new_eagle(
 ) -> EagleHead:
     """An EAGLE head with the target's own head sizes and rotary embedding, its weights drawn by `seed`.
 
-    `draft_ids_R` is the reduced vocabulary (None: the target's). An LM head of its own starts as the target's rows, its
-    norm as the target's final norm where that has the same shape. Raises ValueError where target and head do not fit.
+    `draft_ids_R` is the reduced vocabulary (None: the target's). An LM head of its own starts as the target's rows. Raises
+    ValueError where target and head do not fit.
     """
     text: Any = target.model.model.config.get_text_config(decoder=True)
     num_heads = text.num_attention_heads
@@ -74,10 +74,6 @@ def new_eagle(
         if head.lm_head is not None:
             weight_VD = target.lm_head_VD
             head.lm_head.weight.copy_(weight_VD if draft_ids_R is None else weight_VD[draft_ids_R.to(weight_VD.device)])
-            base: Any = getattr(target.model.model, target.model.model.base_model_prefix, None)
-            final = getattr(getattr(base, "norm", None), "weight", None)
-            if final is not None and final.shape == head.norm.weight.shape:
-                head.norm.weight.copy_(final)
     return head.to(target.device)
 
 
