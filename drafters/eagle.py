@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from specdec.drafters.heads.eagle import EagleHead
+from specdec.drafters.heads.source import HeadSource, resolve
 from specdec.drafters.levels import LevelRound, Span
 from specdec.drafters.network import NetworkDrafter, NextLogits, fitted
 from specdec.interfaces import Commit
@@ -48,15 +49,17 @@ class EagleDrafter(NetworkDrafter):
 
     name = "eagle"
 
-    def __init__(self, head: EagleHead) -> None:
-        self.head = head
-        self.feature_layers = head.config.feature_layers
+    def __init__(self, head: EagleHead | HeadSource[EagleHead]) -> None:
+        self._source = head
+        self.feature_layers: tuple[int, ...] = ()
         self._cache: KVCache | None = None
         self._states: dict[int, _State] = {}
 
     def bind(self, target: PagedModel, pool: PagePool) -> None:
+        self.head = resolve(self._source, target)
         check_fit(self.head, target)
-        self.head = fitted(self.head, target)
+        self.feature_layers = self.head.config.feature_layers
+        self._served = fitted(self.head, target, _run_once)
         self.vocab_size, self.device = target.vocab_size, target.device
         self._target = target
         if self._cache is not None:
@@ -73,7 +76,7 @@ class EagleDrafter(NetworkDrafter):
         wanted = [commit for commit in commits if limit is None or commit.start < limit]
         if not wanted:
             return
-        fused = self.head.fuse([torch.cat([one.hidden[layer] for one in wanted]) for layer in self.feature_layers])
+        fused = self._served.fuse([torch.cat([one.hidden[layer] for one in wanted]) for layer in self.feature_layers])
         for commit, features in zip(wanted, fused.split([len(one.token_ids) for one in wanted]), strict=True):
             self._states.setdefault(commit.sequence_id, _State()).features.append(features)
 
@@ -93,13 +96,13 @@ class EagleDrafter(NetworkDrafter):
 
         tokens_T = torch.cat([segment.token_ids_Q for segment in segments])
         positions_T = torch.cat([segment.positions_Q for segment in segments])
-        embed = self._target.embed if self.head.embed_tokens is None else self.head.embed_tokens
-        return self.head(embed(tokens_T), features_TD, positions_T, attend)
+        embed = self._target.embed if self._served.embed_tokens is None else self._served.embed_tokens
+        return self._served(embed(tokens_T), features_TD, positions_T, attend)
 
     @torch.inference_mode()
-    def logits(self, hidden_TD: Tensor) -> Tensor:
-        """Logits [T, R] over the draft vocabulary."""
-        return self.head.logits(hidden_TD, self._target.lm_head)
+    def answer(self, hidden_TD: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Logits [T, R] over the draft vocabulary, and its target ids where it is a part of the target's."""
+        return self._served.logits(hidden_TD, self._target.lm_head), self._served.draft_to_target_R
 
     def _limit(self, sequence: Sequence) -> int:
         if sequence.id not in self._states:
@@ -142,8 +145,7 @@ class _EagleRound(LevelRound):
         return self._eagle.run(segments, features)[rows_R]
 
     def _next(self, hidden_BWD: Tensor) -> NextLogits:
-        logits_BWR = self._eagle.logits(hidden_BWD)
-        return NextLogits(self, logits_BWR, self._eagle.head.draft_to_target_R)
+        return NextLogits(self, *self._eagle.answer(hidden_BWD))
 
 
 def check_fit(head: EagleHead, target: PagedModel) -> None:
@@ -162,3 +164,16 @@ def check_fit(head: EagleHead, target: PagedModel) -> None:
     else:
         return
     raise ValueError(f"the EAGLE head is for {found} of target {target.name}: choose a head trained for this target")
+
+
+def load(path: str, layer_ids: str | None = None, norm_before_residual: bool | None = None) -> EagleDrafter:
+    """A drafter from a checkpoint of any known format, read when the drafter meets its target; options as in `load_head`."""
+    options = {"layer_ids": layer_ids, "norm_before_residual": norm_before_residual}
+    return EagleDrafter(HeadSource(path, EagleHead, **options))
+
+
+def _run_once(head: EagleHead) -> None:
+    config, like = head.config, head.fc.weight
+    features = head.fuse([like.new_zeros(1, config.target_hidden_size)] * len(config.feature_layers))
+    embeddings, first = like.new_zeros(1, config.hidden_size), torch.zeros(1, dtype=torch.int64, device=like.device)
+    head.logits(head(embeddings, features, first, lambda query, key, value: query), lambda hidden_TD: hidden_TD)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from specdec.drafters.heads.medusa import MedusaHeads
+from specdec.drafters.heads.source import HeadSource, resolve
 from specdec.drafters.network import NetworkDrafter, NetworkRound, NextLogits, fitted
 from specdec.interfaces import Commit
 from specdec.model import PagedModel
@@ -25,12 +26,13 @@ class MedusaDrafter(NetworkDrafter):
 
     name = "medusa"
 
-    def __init__(self, heads: MedusaHeads) -> None:
-        self.heads = heads
+    def __init__(self, heads: MedusaHeads | HeadSource[MedusaHeads]) -> None:
+        self._source = heads
         self.feature_layers: tuple[int, ...] = ()
         self._states: dict[int, Tensor] = {}
 
     def bind(self, target: PagedModel, pool: PagePool) -> None:
+        self.heads = resolve(self._source, target)
         config = self.heads.config
         for what, ours, theirs in (
             ("hidden states of size", config.hidden_size, target.hidden_size),
@@ -41,9 +43,8 @@ class MedusaDrafter(NetworkDrafter):
                     f"Medusa heads for {what} {ours} do not fit target {target.name}, which has {theirs}: "
                     f"choose heads trained for this target"
                 )
-        self.heads = fitted(self.heads, target)
+        self._served = fitted(self.heads, target, _run_once)
         self.vocab_size, self.device, self._lm_head = target.vocab_size, target.device, target.lm_head
-        self._num_features = target.hidden_size
         self.feature_layers = (target.num_layers,)
         self._states.clear()
 
@@ -65,7 +66,7 @@ class MedusaDrafter(NetworkDrafter):
     def _round(self, sequences: Seq[Sequence], limits: list[int]) -> _MedusaRound:
         nothing = next(iter(self._states.values()))
         hidden_BD = torch.stack([self._states.get(one.id, nothing) for one in sequences])
-        return _MedusaRound(self, sequences, limits, self.heads.logits(hidden_BD, self._lm_head, max(limits)))
+        return _MedusaRound(self, sequences, limits, self._served.logits(hidden_BD, self._lm_head, max(limits)))
 
 
 class _MedusaRound(NetworkRound):
@@ -96,3 +97,13 @@ class _MedusaNext:
         if self._draft.has_penalties:
             return NextLogits(self._draft, self._logits_B1V.expand(-1, self._width, -1)).laws(paths_BWK)
         return NextLogits(self._draft, self._logits_B1V).laws(paths_BWK[:, :1]).expand(-1, self._width, -1)
+
+
+def load(path: str) -> MedusaDrafter:
+    """A drafter from a checkpoint of any known format, read when the drafter meets its target."""
+    return MedusaDrafter(HeadSource(path, MedusaHeads))
+
+
+def _run_once(heads: MedusaHeads) -> None:
+    parameter = next(heads.parameters())
+    heads.logits(parameter.new_zeros(1, heads.config.hidden_size), lambda hidden_TD: hidden_TD)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from typing import TypeVar
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from specdec.drafters.growth import DraftRound, GrowingPolicy, Grown
 from specdec.interfaces import Noise, TreePolicy
 from specdec.model import PagedModel
+from specdec.packing import can_pack, pack_linears
 from specdec.sampling import BatchSampling, log_confidence
 from specdec.sequence import Sequence, batch_sampling
 from specdec.tree import TokenTree
@@ -97,10 +99,18 @@ class NextLogits:
 NetworkT = TypeVar("NetworkT", bound=nn.Module)
 
 
-def fitted(network: NetworkT, target: PagedModel) -> NetworkT:
-    """The network on the target's device and in its number format: a copy where it is not, for it may be in training."""
+def fitted(network: NetworkT, target: PagedModel, run: Callable[[NetworkT], object]) -> NetworkT:
+    """The network as it serves: on the target's device, in its number format, its linear layers packed where that pays.
+
+    A copy wherever anything has to be changed, for the network may be in training. `run` is one forward of it.
+    """
     tensors = [*network.parameters(), *network.buffers()]
     kinds = {(one.device, one.dtype if one.is_floating_point() else target.dtype) for one in tensors}
-    if kinds != {(target.device, target.dtype)}:
-        network = copy.deepcopy(network).to(target.device, target.dtype)
-    return network
+    packs = can_pack(target.device, target.dtype)
+    if not packs and kinds == {(target.device, target.dtype)}:
+        return network
+    served = copy.deepcopy(network).to(target.device, target.dtype).requires_grad_(False).eval()
+    if packs:
+        with torch.inference_mode():
+            pack_linears(served, lambda: run(served))
+    return served

@@ -104,6 +104,25 @@ class SmallModelConfig(DrafterConfig):
 
 
 @dataclass
+class MedusaDrafterConfig(DrafterConfig):
+    """`path` is a checkpoint of heads in any known format."""
+
+    label: ClassVar[str] = "medusa"
+    _target_: str = MISSING
+    path: str | None = None
+    policy: PolicyConfig = field(default_factory=PolicyConfig)
+
+
+@dataclass
+class EagleDrafterConfig(MedusaDrafterConfig):
+    """See `specdec.drafters.heads.formats.load_head` for what overrules the checkpoint."""
+
+    label: ClassVar[str] = "eagle"
+    layer_ids: str | None = None
+    norm_before_residual: bool | None = None
+
+
+@dataclass
 class RuleConfig:
     _target_: str = MISSING
 
@@ -168,8 +187,8 @@ class WandbConfig(TrackingConfig):
 
 @dataclass
 class SystemConfig:
-    """What decodes: drafter (with its policy) and rule. `draft` is the draft model's hub id or path, for whichever drafter
-    needs one: a sweep over drafters names it once."""
+    """What decodes: drafter (with its policy) and rule. `draft` is the hub id or path of the draft model or head, for whichever
+    drafter needs one: a sweep over drafters names it once."""
 
     drafter: DrafterConfig = field(default_factory=DrafterConfig)
     rule: RuleConfig = field(default_factory=RuleConfig)
@@ -289,6 +308,8 @@ SCHEMAS: dict[str, type] = {
     "drafter/none": DrafterConfig,
     "drafter/ngram": NGramConfig,
     "drafter/small_model": SmallModelConfig,
+    "drafter/medusa": MedusaDrafterConfig,
+    "drafter/eagle": EagleDrafterConfig,
     "policy/chain": ChainConfig,
     "policy/static": StaticConfig,
     "policy/top_k": TopKConfig,
