@@ -82,8 +82,12 @@ def write_checkpoint(
     place = Path(folder).expanduser()
     place.mkdir(parents=True, exist_ok=True)
     weights, text = place / weights_name, json.dumps(config, indent=2) + "\n"
-    # safetensors takes no tensor that shares memory with another one, so tied ones become two.
-    own = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    own, seen = dict[str, Tensor](), set[int]()
+    for name, tensor in tensors.items():
+        plain = tensor.detach().cpu().contiguous()
+        # safetensors takes no tensors that share memory, so what is tied becomes two.
+        own[name] = plain.clone() if plain.untyped_storage().data_ptr() in seen else plain
+        seen.add(plain.untyped_storage().data_ptr())
     fresh = {weights: weights.with_name(f".{weights.name}.tmp"), place / _CONFIG: place / f".{_CONFIG}.tmp"}
     try:
         save_file(own, fresh[weights], metadata={"format": "pt"})

@@ -152,7 +152,7 @@ def _dispatch(words: list[str]) -> int:
 
 def _keyed(experiment: str, word: str, before: list[str]) -> str:
     """A word without a key as the value of the experiment's positional key, where it has one."""
-    key = getattr(SCHEMAS[experiment], "positional", None)
+    key = getattr(SCHEMAS.get(experiment), "positional", None)
     if key is None:
         return word
     if given := next((one for one in before if one.startswith(f"{key}=")), None):

@@ -86,9 +86,10 @@ def test_safetensors_win_over_pickles(folder: Path) -> None:
 
 def test_tied_and_strided_tensors_are_written(tmp_path: Path) -> None:
     whole = torch.arange(12.0).reshape(3, 4)
-    write_checkpoint(tmp_path, {"a": whole, "b": whole, "c": whole.T, "d": whole[:, 1]}, {})
+    write_checkpoint(tmp_path, {"a": whole, "b": whole, "c": whole.T, "d": whole[:, 1], "e": whole[1]}, {})
     found = read_checkpoint(tmp_path).tensors
     assert found["b"].equal(whole) and found["c"].equal(whole.T) and found["d"].equal(whole[:, 1])
+    assert found["e"].equal(whole[1])
 
 
 def test_a_failed_write_leaves_what_was_there(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 from published import HIDDEN, LAYERS, VOCAB
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
+from transformers import LlamaConfig
 
 from specdec.checkpoint import read_checkpoint
 from specdec.drafters.heads import EagleHead, MedusaHeads
@@ -287,3 +289,61 @@ def test_heads_are_loaded_in_the_type_asked_for(tmp_path: Path) -> None:
     head = load_head(published.write(tmp_path, tensors, config, "model.safetensors"), TARGET, dtype=BF16)
     assert {parameter.dtype for parameter in head.parameters()} == {BF16}
     assert head.draft_to_target_R.dtype == torch.int64
+
+
+def exported(layout: str, format: str, place: Path) -> dict[str, Any]:
+    """config.json of a layout's head in another format."""
+    chosen = LAYOUTS[layout]
+    head = load_head(published.write(place / "one", *chosen.make(), chosen.file), TARGET)
+    save_head(head, place / "two", format, base_model="org/target", target=TARGET)
+    return json.loads((place / "two" / "config.json").read_text())
+
+
+@pytest.mark.parametrize("layout", ["eagle", "eagle shared"])
+def test_eagles_code_is_told_of_the_bias(layout: str, tmp_path: Path) -> None:
+    # ea_model.py: a missing `bias` means true.
+    assert exported(layout, "eagle", tmp_path)["bias"] is (layout == "eagle")
+
+
+@pytest.mark.parametrize("layout", ["eagle3", "eagle3 of another width"])
+def test_eagles_code_is_told_of_another_width_and_only_of_another(layout: str, tmp_path: Path) -> None:
+    # cnets.py: with `target_hidden_size`, whatever its value, the embedding is the head's own.
+    config = exported(layout, "eagle3", tmp_path)
+    assert config.get("target_hidden_size") == (None if layout == "eagle3" else HIDDEN)
+    assert (config["draft_vocab_size"], config["vocab_size"]) == (published.DRAFT, VOCAB)
+
+
+def test_vllm_is_told_of_the_sizes_of_medusa_heads(tmp_path: Path) -> None:
+    # configs/medusa.py and models/medusa.py: without medusa_fc_bias the biases would be dropped.
+    config = exported("medusa", "vllm", tmp_path)
+    wanted = {
+        "model_type": "medusa",
+        "hidden_size": HIDDEN,
+        "vocab_size": VOCAB,
+        "num_heads": 3,
+        "num_hidden_layers": 2,
+    }
+    assert config.items() >= (wanted | {"medusa_fc_bias": True}).items()
+
+
+@pytest.mark.parametrize("format", ["eagle3", "vllm", "speculators"])
+def test_the_layer_is_a_llama_config_that_transformers_reads(format: str, tmp_path: Path) -> None:
+    config = exported("eagle3", format, tmp_path)
+    layer = LlamaConfig(**(config["transformer_layer_config"] if format == "speculators" else config))
+    for key in ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "rms_norm_eps"):
+        assert getattr(layer, key) == published.SETTINGS[key]
+    assert layer.rope_parameters == {"rope_theta": 500.0, "rope_type": "default"} and layer.head_dim == published.SIZE
+    assert (layer.max_position_embeddings, layer.num_hidden_layers, layer.attention_bias) == (64, 1, False)
+
+
+def test_speculators_finds_what_it_requires(tmp_path: Path) -> None:
+    # speculators/config.py, models/eagle3/config.py and vLLM's validate_speculators_config.
+    config = exported("eagle3 vllm", "speculators", tmp_path)
+    inner = config["speculators_config"]
+    assert config["speculators_model_type"] == inner["algorithm"] == "eagle3"
+    assert inner["default_proposal_method"] == inner["proposal_methods"][0]["proposal_type"] == "greedy"
+    assert inner["proposal_methods"][0]["speculative_tokens"] > 0
+    assert inner["verifier"].keys() == {"name_or_path", "architectures"}
+    assert inner["verifier"]["name_or_path"] == "org/target"
+    assert config["norm_before_residual"] is False and config["draft_vocab_size"] == published.DRAFT
+    assert config["eagle_aux_hidden_state_layer_ids"] == [1, 4, 6]
