@@ -167,7 +167,7 @@ def check_fit(head: EagleHead, target: PagedModel) -> None:
 
 
 def load(path: str, layer_ids: str | None = None, norm_before_residual: bool | None = None) -> EagleDrafter:
-    """A drafter from a checkpoint of any known format, read when the drafter meets its target; options as in `load_head`."""
+    """A drafter from a checkpoint of any known format; options as in `load_head`, whose errors it raises."""
     options = {"layer_ids": layer_ids, "norm_before_residual": norm_before_residual}
     return EagleDrafter(HeadSource(path, EagleHead, **options))
 

@@ -100,7 +100,7 @@ class _MedusaNext:
 
 
 def load(path: str) -> MedusaDrafter:
-    """A drafter from a checkpoint of any known format, read when the drafter meets its target."""
+    """A drafter from a checkpoint of any known format; raises what `load_head` does."""
     return MedusaDrafter(HeadSource(path, MedusaHeads))
 
 

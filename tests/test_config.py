@@ -113,9 +113,8 @@ def test_a_head_for_another_drafter_is_refused_with_its_name(model_folder: str, 
         typed = compose("generate", f"drafter={drafter}", f"draft={drafts[other]}")
         with pytest.raises(ValueError, match=f"holds {found}, which drafter={drafter} cannot run: use drafter={other}"):
             load_system(typed).engine(target, typed.engine)
-    typed = compose("generate", "drafter=eagle", "draft=./nowhere")
     with pytest.raises(FileNotFoundError, match="nowhere"):
-        load_system(typed).engine(target, typed.engine)
+        load_system(compose("generate", "drafter=eagle", "draft=./nowhere"))
 
 
 def test_no_drafter_is_plain_decoding(model_folder: str) -> None:

@@ -18,6 +18,7 @@ from specdec.certificates.reference import processed_law
 from specdec.certificates.worlds import ToyModel, World
 from specdec.drafters import Coupled, EagleDrafter, MedusaDrafter, Mixed, Sampled, Static, TopK, chain
 from specdec.drafters.heads import EagleHead, MedusaConfig, MedusaHeads
+from specdec.experiments.replay import Replay
 from specdec.interfaces import Drafter, TreePolicy
 from specdec.noise import CounterNoise
 from specdec.sequence import Sequence
@@ -145,7 +146,8 @@ def dense_weights(drafter: Drafter, target: PagedModel, tokens: list[int], path:
         following = torch.tensor([*tokens, *path][1 : len(tokens) + depth])
         size = len(following)
         mask = torch.ones(size, size, dtype=torch.bool).tril()
-        hidden = dense_eagle(head, target.embed(following), features, torch.arange(size), mask)
+        embed = target.embed if head.embed_tokens is None else head.embed_tokens
+        hidden = dense_eagle(head, embed(following), features, torch.arange(size), mask)
         features = torch.cat([features, hidden[-1:]])
     logits = head.logits(features[-1:], target.lm_head)[0]
     ids = torch.arange(target.vocab_size) if head.draft_to_target_R is None else head.draft_to_target_R
@@ -194,6 +196,35 @@ def test_laws_are_those_of_the_network(
     target, drafters, name: str, policy: str, rule: str, params: SamplingParams
 ) -> None:
     assert drafted_error(drafters[name], target, policy, rule, params) < 1e-4
+
+
+def test_a_head_of_its_own_width_and_embedding(target) -> None:
+    torch.manual_seed(1)
+    config = eagle_config(
+        target,
+        3,
+        hidden_size=40,
+        num_heads=6,
+        has_own_embedding=True,
+        norm_before_residual=True,
+        feature_layers=(0, 2),
+        draft_vocab_size=30,
+        max_positions=None,
+    )
+    head = EagleHead(config)
+    assert head.draft_to_target_R is not None
+    head.draft_to_target_R.copy_(torch.randperm(target.vocab_size)[:30])
+    assert drafted_error(EagleDrafter(head), target, "sampled", "traversal", PENALISED) < 1e-4
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_led_along_a_text_it_drafts_as_in_the_engine(target, drafters, name: str) -> None:
+    replay = Replay(target, drafters[name], page_size=4, prefill_chunk=7)
+    policies = {policy: POLICIES[policy] for policy in ("sampled", "mixed")}
+    text = PROMPTS[2] + PROMPTS[0]
+    scenes = replay.scenes(text[:9], text[9:], [9, 10, 17, 24], PENALISED, 5, policies)
+    proposals = [Proposal([text[: scene.root + 1]], [9], scene.tree) for scene in scenes]
+    assert len(proposals) == 8 and law_error(drafters[name], target, proposals, PENALISED) < 1e-4
 
 
 LEVEL, EAGLE = "specdec.drafters.levels:LevelRound", "specdec.drafters.eagle:EagleDrafter"

@@ -92,7 +92,7 @@ class EagleHead(nn.Module):
 
     At position t it reads the feature of token t and the embedding of token t + 1, and predicts token t + 2. Everything is
     packed: T tokens of many sequences behind one another. Parameters are named as in published checkpoints; the reduced
-    vocabulary's target ids are `draft_to_target_R`, absolute and ascending.
+    vocabulary's target ids are `draft_to_target_R`, absolute and distinct.
     """
 
     draft_to_target_R: Tensor | None

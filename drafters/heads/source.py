@@ -6,6 +6,7 @@ from typing import Any, Generic, TypeVar
 
 from torch import nn
 
+from specdec.checkpoint import Checkpoint, read_checkpoint
 from specdec.drafters.heads.eagle import EagleHead
 from specdec.drafters.heads.formats import load_head
 from specdec.drafters.heads.medusa import MedusaHeads
@@ -18,17 +19,21 @@ _DRAFTERS: dict[type[nn.Module], str] = {MedusaHeads: "medusa", EagleHead: "eagl
 class HeadSource(Generic[HeadT]):
     """A checkpoint of a head of class `kind`; what it leaves out, such as the number of layers, only the target tells.
 
-    `options` go to `formats.load_head`.
+    It is read here, so that what is missing or damaged is found before a target is loaded. `options` go to
+    `formats.load_head`.
     """
 
     def __init__(self, path: str, kind: type[HeadT], **options: Any) -> None:
         self.path, self._kind, self._options = path, kind, options
+        self._checkpoint: Checkpoint | None = read_checkpoint(path)
         self._read: tuple[PagedModel, HeadT] | None = None
 
     def head(self, target: PagedModel) -> HeadT:
-        """The head for this target. Raises ValueError or FileNotFoundError where there is none, or it does not fit."""
+        """The head for this target. Raises ValueError where it does not fit, or is not of that class."""
         if self._read is None or self._read[0] is not target:
-            head = load_head(self.path, target, dtype=target.dtype, device=target.device, **self._options)
+            # The checkpoint's tensors go with the first head; a second target is a rare thing.
+            held, self._checkpoint = self._checkpoint or self.path, None
+            head = load_head(held, target, dtype=target.dtype, device=target.device, **self._options)
             if not isinstance(head, self._kind):
                 raise ValueError(
                     f"{self.path} holds {type(head).__name__}, which drafter={_DRAFTERS[self._kind]} cannot run: "

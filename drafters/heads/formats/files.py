@@ -33,7 +33,7 @@ FORMATS: dict[str, tuple[str, ...]] = {
 
 
 def load_head(
-    path: str | os.PathLike[str],
+    path: str | os.PathLike[str] | Checkpoint,
     target: Target | None = None,
     *,
     layer_ids: str | None = None,
@@ -41,15 +41,16 @@ def load_head(
     dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
 ) -> Head:
-    """The head in a folder, file or hub id of any known format.
+    """The head in a folder, file or hub id of any known format, or in a checkpoint that has been read.
 
     `target` (a PagedModel or its sizes) tells what the format leaves out, such as the number of layers, and must fit.
     `layer_ids` input or output and `norm_before_residual` overrule what the format implies, see `layers.CONVENTIONS`.
     `dtype` None keeps what is stored. Raises ValueError that names every missing, unexpected or misshapen tensor and
     every contradiction, FileNotFoundError where there is nothing.
     """
-    found = describe(read_checkpoint(path), Options(target, layer_ids, norm_before_residual))
-    head = empty_head(_config_of(found, path))
+    checkpoint = path if isinstance(path, Checkpoint) else read_checkpoint(path)
+    found = describe(checkpoint, Options(target, layer_ids, norm_before_residual))
+    head = empty_head(_config_of(found, checkpoint.path))
     head.load_state_dict(dict(found.tensors), assign=True)
     return head.to(device=device, dtype=dtype)
 
