@@ -136,6 +136,7 @@ def _common_labels(config: AcceptanceConfig, target: PagedModel, chat: bool, par
         "num_repeats": config.num_repeats,
         "batch_size": 1,
         "dtype": str(target.dtype).removeprefix("torch."),
+        "numerics": target.numerics,
         "device": device_name(target.device),
     }
 

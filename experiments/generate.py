@@ -82,6 +82,7 @@ class _Session:
             "temperature": config.sampling.temperature,
             "batch_size": min(config.engine.max_batch_size, len(prompts)),
             "dtype": str(target.dtype).removeprefix("torch."),
+            "numerics": target.numerics,
             "device": device_name(target.device),
             "chat": chat,
         }
