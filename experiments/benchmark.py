@@ -8,6 +8,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -103,6 +104,7 @@ def _common_labels(config: BenchmarkConfig, target: PagedModel, chat: bool, para
         "batch_size": 1,
         "dtype": str(target.dtype).removeprefix("torch."),
         "numerics": target.numerics,
+        "num_threads": torch.get_num_threads(),
         "device": device_name(target.device),
     }
 
