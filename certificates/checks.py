@@ -14,7 +14,7 @@ from specdec.certificates.processes import Case, engine_laws, ragged_cases, toy_
 from specdec.certificates.reference import plain_outputs
 from specdec.certificates.worlds import KINDS, TableRound, World
 from specdec.drafters.growth import GrowingPolicy, Grown
-from specdec.interfaces import AcceptanceRule, Noise
+from specdec.interfaces import AcceptanceRule, Drafter, Noise
 from specdec.noise import RoundKey
 from specdec.tree import DrawKind, TokenTree, TreeSpec
 
@@ -51,7 +51,7 @@ def recorded_error(policy: GrowingPolicy, world: World) -> float:
     return max(abs(prob - recorded) for case in outcomes for prob, recorded in case)
 
 
-def generation_error(world: World, rule: AcceptanceRule, policy: GrowingPolicy, length: int, **options: bool) -> float:
+def generation_error(world: World, rule: AcceptanceRule, policy: GrowingPolicy, length: int, **options: Any) -> float:
     """The largest error of the law of whole outputs: tokens up to the stop token or the limit, and the reason."""
     params = SamplingParams(temperature=1.0, max_new_tokens=length, stop_token_ids=(STOP,))
     errors = []
@@ -65,13 +65,18 @@ def generation_error(world: World, rule: AcceptanceRule, policy: GrowingPolicy, 
 
 
 def parameters_error(
-    rule: AcceptanceRule, policy: GrowingPolicy | None, params: Seq[SamplingParams] = PARAMETERS
+    rule: AcceptanceRule,
+    policy: GrowingPolicy | None,
+    params: Seq[SamplingParams] = PARAMETERS,
+    drafter: Drafter | None = None,
 ) -> float:
     """The largest error of the law of whole outputs under sampling parameters, by a reference that shares no code."""
     world = World.tree(3, 7).select("sharp", "independent", "flat")
     errors = []
     for one in params:
-        for (prompt,), law in zip(PROMPTS, engine_laws(world, rule, policy, PROMPTS, one), strict=True):
+        for (prompt,), law in zip(
+            PROMPTS, engine_laws(world, rule, policy, PROMPTS, one, drafter=drafter), strict=True
+        ):
             wanted: dict[tuple[tuple[TokenSpan, str], ...], float] = {
                 (output,): prob for output, prob in plain_outputs(world, prompt, one).items()
             }

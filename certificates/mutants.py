@@ -145,7 +145,7 @@ def mutated(mutant: Mutant) -> Iterator[None]:
     source = textwrap.dedent(inspect.getsource(function))
     count = source.count(mutant.old)
     assert count == 1, f"{mutant.function} holds {mutant.old!r} {count} times, not once: find the mistake's new place"
-    scope = dict(function.__globals__)
+    scope = dict(inspect.unwrap(function).__globals__)
     exec(
         compile("from __future__ import annotations\n" + source.replace(mutant.old, mutant.new), "<mutant>", "exec"),
         scope,

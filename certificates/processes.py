@@ -17,7 +17,7 @@ from specdec.certificates.oracle import Scripts, TokenSpan, enumerate_outcomes, 
 from specdec.certificates.worlds import FixedLaws, TableRound, ToyModel, World
 from specdec.drafters import SmallModelDrafter
 from specdec.drafters.growth import GrowingPolicy
-from specdec.interfaces import AcceptanceRule, TreePolicy
+from specdec.interfaces import AcceptanceRule, Drafter, TreePolicy
 from specdec.sampling import BatchSampling, ModelLaws
 from specdec.tree import TokenTree
 from specdec.verifiers import Verifier
@@ -79,9 +79,13 @@ def float64_laws() -> Iterator[None]:
         yield
 
 
-def toy_engine(world: World, rule: AcceptanceRule, policy: TreePolicy | None, **options: Any) -> Engine:
-    """An engine on toy models that follow the world's target and draft laws; None drafts nothing."""
-    drafter = None if policy is None else SmallModelDrafter(ToyModel(world, world.draft_KCV, "draft"))  # type: ignore[arg-type]
+def toy_engine(
+    world: World, rule: AcceptanceRule, policy: TreePolicy | None, drafter: Drafter | None = None, **options: Any
+) -> Engine:
+    """An engine on a toy model that follows the world's target laws; without a `drafter` of its own another one drafts that
+    follows the draft laws. No policy drafts nothing."""
+    if policy is not None and drafter is None:
+        drafter = SmallModelDrafter(ToyModel(world, world.draft_KCV, "draft"))  # type: ignore[arg-type]
     target = ToyModel(world, world.target_KCV, "target")
     return Engine(Verifier(target, rule, allow_lossy=True), drafter, policy, max_batch_size=1 << 20, **options)  # type: ignore[arg-type]
 
@@ -94,6 +98,7 @@ def engine_laws(
     params: SamplingParams,
     page_size: int = 3,
     prefill_chunk: int = 2,
+    drafter: Drafter | None = None,
     **options: Any,
 ) -> list[dict[tuple[tuple[TokenSpan, str], ...], float]]:
     """Per case, a tuple of prompts, the joint law of what their requests give: tokens and finish reason each."""
@@ -103,7 +108,7 @@ def engine_laws(
         prompts = [list(prompt) for case in batch for prompt in case]
         # A request's seed tells the oracle whose choice it is.
         each = [replace(params, seed=owner) for owner in range(len(prompts))]
-        engine = toy_engine(world, rule, policy, page_size=page_size, prefill_chunk=prefill_chunk)
+        engine = toy_engine(world, rule, policy, drafter, page_size=page_size, prefill_chunk=prefill_chunk)
         with patch("specdec.engine.CounterNoise", lambda *noise: scripts.noise(*noise[:3])), float64_laws():
             results = [(tuple(one.token_ids), one.finish_reason) for one in engine.generate(prompts, each)]
         assert engine.pool.num_free == engine.pool.num_pages, "pages leaked"

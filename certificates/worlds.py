@@ -237,7 +237,8 @@ class TableNext:
 class ToyModel:
     """A language model over real pages whose only key is the token itself, so its law is that of the very tokens it sees.
 
-    The first token of a sequence names the kind of the world's laws. Stands in for PagedModel, as target or as draft.
+    The first token of a sequence names the kind of the world's laws. Stands in for PagedModel, as target or as draft; its
+    hidden states, which learned drafters read, are random and different for every context, so they too are of those tokens.
     Raises WrongContextError where a token sees slots that were never written, or positions other than 0, 1, ..., its own.
     """
 
@@ -246,13 +247,26 @@ class ToyModel:
     tokenizer = None
     max_positions: int | None = None
     eos_token_ids: frozenset[int] = frozenset()
+    num_layers = 1
+    hidden_size = 4
 
     def __init__(self, world: World, laws_KCV: Tensor, name: str = "toy") -> None:
         self.name, self.vocab_size = name, world.vocab_size
+        generator = torch.Generator().manual_seed(0)
+        self._hidden_LKCD, self._embeddings_VD = (
+            torch.randn(*shape, self.hidden_size, generator=generator, dtype=self.dtype)
+            for shape in ((self.num_layers + 1, *laws_KCV.shape[:2]), (self.vocab_size,))
+        )
         self._logits_KCV, self._next = laws_KCV.log(), world.next_CV.tolist()
 
     def new_cache(self, pool: PagePool) -> KVCache:
         return KVCache(pool, [LayerShape(1, 1, 1)], self.dtype, self.device)
+
+    def embed(self, token_ids_T: Tensor) -> Tensor:
+        return self._embeddings_VD[token_ids_T]
+
+    def lm_head(self, hidden_TD: Tensor) -> Tensor:
+        return hidden_TD @ self._embeddings_VD.T
 
     def forward(
         self, segments: Seq[Segment], cache: KVCache, wanted_rows: Tensor | None = None, hidden_layers: Seq[int] = ()
@@ -291,5 +305,7 @@ class ToyModel:
                     state = self._next[state][token]
                 kinds.append(tokens[0])
                 states.append(state)
+        kinds_T, states_T = torch.tensor(kinds), torch.tensor(states)
         rows = torch.arange(len(states)) if wanted_rows is None else wanted_rows
-        return ForwardResult(self._logits_KCV[torch.tensor(kinds)[rows], torch.tensor(states)[rows]], {})
+        hidden = {layer: self._hidden_LKCD[layer, kinds_T, states_T] for layer in hidden_layers}
+        return ForwardResult(self._logits_KCV[kinds_T[rows], states_T[rows]], hidden)

@@ -105,9 +105,10 @@ def model_name(path: str) -> str:
 
 
 def check_draft(config: DrafterConfig) -> None:
-    """Raises ValueError where the drafter needs a draft model and none is named."""
+    """Raises ValueError where the drafter needs a draft model or head and none is named."""
     if getattr(config, "path", "") is None:
-        raise ValueError(f"drafter={config.label} needs a draft model: give draft=HUB_ID_OR_PATH")
+        what = "a draft model" if config.label == "small_model" else "a checkpoint of its head"
+        raise ValueError(f"drafter={config.label} needs {what}: give draft=HUB_ID_OR_PATH")
 
 
 def drafter_label(config: DrafterConfig) -> str:

@@ -20,7 +20,7 @@ from hydra.errors import ConfigCompositionException, HydraException, MissingConf
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from specdec.config import CONFIGS, compose, groups, keys, options, register, to_typed
+from specdec.config import CONFIGS, SCHEMAS, compose, groups, keys, options, register, to_typed
 
 FLAGS = ("-m", "--multirun", "-c", "--cfg", "-p", "--package", "--resolve", "-h", "--help")
 FLAGS_WITH_VALUE = ("-c", "--cfg", "-p", "--package")
@@ -29,6 +29,9 @@ TEXT_KEYS: tuple[str, ...] = (
     "prompt",
     "prompt_file",
     "prompt_field",
+    "path",
+    "model",
+    "base_model",
     "prompts",
     "template",
     "output",
@@ -36,6 +39,8 @@ TEXT_KEYS: tuple[str, ...] = (
     "draft",
 )
 TEXT_KEYS += tuple(f"{node}.{key}" for node in ("target", "drafter") for key in ("path", "gguf_file", "name"))
+# How a word starts that gives a key its value; a path with an equals sign can be told apart by a leading ./
+_KEY = r"[+~]*\w[\w./@-]*="
 USER_ERRORS = (ValueError, OSError, ImportError, HydraException, OmegaConfBaseException)
 
 
@@ -66,10 +71,14 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def experiments() -> dict[str, str]:
-    """Names of the experiments, files in experiments/ with a config of the same name, and one line about each."""
+    """Names of the experiments, files in experiments/ with a config of the same name, and one line about each.
+
+    A file that would hide a module of the standard library when run as a script ends in an underscore: `inspect_.py`.
+    """
     found = {}
     for entry in sorted(files("specdec.experiments").iterdir(), key=lambda entry: entry.name):
-        name, dot, suffix = entry.name.partition(".")
+        stem, dot, suffix = entry.name.partition(".")
+        name = stem.rstrip("_")
         if dot and suffix == "py" and (files(CONFIGS) / f"{name}.yaml").is_file():
             # Read and not imported: a list of names must not wait for torch.
             docstring = ast.get_docstring(ast.parse(entry.read_text(encoding="utf-8"))) or ""
@@ -128,11 +137,11 @@ def _dispatch(words: list[str]) -> int:
         _print_experiment_help(name, known[name])
         return 0
     # Hydra wants its flags together; a command line may have them anywhere.
-    flags, overrides = [], []
+    flags, overrides = list[str](), list[str]()
     remaining = iter(rest)
     for word in remaining:
         if not word.startswith("-"):
-            overrides.append(word)
+            overrides.append(word if re.match(_KEY, word) else _keyed(name, word, overrides))
             continue
         flags.append(word)
         if word.partition("=")[0] not in FLAGS:
@@ -141,13 +150,24 @@ def _dispatch(words: list[str]) -> int:
     return _run_with_hydra(name, quote_words([*flags, *overrides]), shlex.join(["specdec", *words]))
 
 
+def _keyed(experiment: str, word: str, before: list[str]) -> str:
+    """A word without a key as the value of the experiment's positional key, where it has one."""
+    key = getattr(SCHEMAS.get(experiment), "positional", None)
+    if key is None:
+        return word
+    if given := next((one for one in before if one.startswith(f"{key}=")), None):
+        raise ValueError(f"{word!r}: {given} is given already, and everything else is key=value")
+    return f"{key}={quote(word)}"
+
+
 def _run_with_hydra(name: str, overrides: list[str], command: str) -> int:
     statuses: list[int] = []
 
     def job(config: DictConfig) -> None:
         try:
             typed = to_typed(config)
-            experiment = importlib.import_module(f"specdec.experiments.{name}")
+            is_file = (files("specdec.experiments") / f"{name}.py").is_file()
+            experiment = importlib.import_module(f"specdec.experiments.{name if is_file else name + '_'}")
             statuses.append(experiment.run(typed, command) or 0)
         except Exception as error:
             raise _JobError from error
@@ -182,7 +202,7 @@ def _hydra_surroundings(argv: list[str]) -> Iterator[None]:
 
 
 def _print_help(known: dict[str, str]) -> None:
-    print("usage: specdec <experiment> key=value ...\n\nexperiments:")
+    print("usage: specdec <experiment> [PATH] key=value ...\n\nexperiments:")
     for name, line in known.items():
         print(f"  {name:<12}{line}")
     print("\n`specdec <experiment> --help` lists its options; -m runs every combination of comma-separated values.")
@@ -190,10 +210,14 @@ def _print_help(known: dict[str, str]) -> None:
 
 def _print_experiment_help(name: str, line: str) -> None:
     example = (files(CONFIGS) / f"{name}.yaml").read_text(encoding="utf-8").partition("\n")[0].lstrip("# ")
-    print(f"{line}\n\n  {example}\n\nChoose with group=option:\n")
-    for group, choices in groups().items():
-        print(f"  {group:<16}{', '.join(choices)}")
-    print(f"\nSet with key=value (defaults):\n\n{OmegaConf.to_yaml(compose(name, []))}")
+    config = compose(name, [])
+    print(f"{line}\n\n  {example}\n")
+    if used := [group for group in groups() if group.partition("/")[0] in config]:
+        print("Choose with group=option:\n")
+        for group in used:
+            print(f"  {group:<16}{', '.join(options(group))}")
+        print()
+    print(f"Set with key=value (defaults):\n\n{OmegaConf.to_yaml(config)}")
 
 
 def explain(error: BaseException, words: list[str]) -> str:

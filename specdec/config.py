@@ -105,6 +105,25 @@ class SmallModelConfig(DrafterConfig):
 
 
 @dataclass
+class MedusaDrafterConfig(DrafterConfig):
+    """`path` is a checkpoint of heads in any known format."""
+
+    label: ClassVar[str] = "medusa"
+    _target_: str = MISSING
+    path: str | None = None
+    policy: PolicyConfig = field(default_factory=PolicyConfig)
+
+
+@dataclass
+class EagleDrafterConfig(MedusaDrafterConfig):
+    """See `specdec.drafters.heads.formats.load_head` for what overrules the checkpoint."""
+
+    label: ClassVar[str] = "eagle"
+    layer_ids: str | None = None
+    norm_before_residual: bool | None = None
+
+
+@dataclass
 class RuleConfig:
     _target_: str = MISSING
 
@@ -169,8 +188,8 @@ class WandbConfig(TrackingConfig):
 
 @dataclass
 class SystemConfig:
-    """What decodes: drafter (with its policy) and rule. `draft` is the draft model's hub id or path, for whichever drafter
-    needs one: a sweep over drafters names it once."""
+    """What decodes: drafter (with its policy) and rule. `draft` is the hub id or path of the draft model or head, for whichever
+    drafter needs one: a sweep over drafters names it once."""
 
     drafter: DrafterConfig = field(default_factory=DrafterConfig)
     rule: RuleConfig = field(default_factory=RuleConfig)
@@ -234,6 +253,28 @@ class CertifyConfig:
 
 
 @dataclass
+class HeadFilesConfig:
+    """A checkpoint of a learned head: `path` is a hub id, folder or file, `model` its target, of which only the config is
+    read. `layer_ids` input or output and `norm_before_residual` overrule what the checkpoint's format implies."""
+
+    # The key whose value may stand on the command line without it.
+    positional: ClassVar[str] = "path"
+    path: str = MISSING
+    model: str | None = None
+    layer_ids: str | None = None
+    norm_before_residual: bool | None = None
+
+
+@dataclass
+class ExportConfig(HeadFilesConfig):
+    """`base_model` names the target in what is written (None: as the checkpoint does)."""
+
+    format: str = MISSING
+    output: str = MISSING
+    base_model: str | None = None
+
+
+@dataclass
 class AcceptanceConfig(RunConfig):
     """`policies` holds the overrides of `drafter/policy` that one would give to `generate`, `rules` names (none: all). Of each
     text every `stride`-th token is a root; a tree is judged with `num_repeats` seeds at once, so memory grows with
@@ -254,6 +295,8 @@ class AcceptanceConfig(RunConfig):
 SCHEMAS: dict[str, type] = {
     "acceptance": AcceptanceConfig,
     "certify": CertifyConfig,
+    "inspect": HeadFilesConfig,
+    "export": ExportConfig,
     "generate": GenerateConfig,
     "benchmark": BenchmarkConfig,
     "contender": ContenderConfig,
@@ -266,6 +309,8 @@ SCHEMAS: dict[str, type] = {
     "drafter/none": DrafterConfig,
     "drafter/ngram": NGramConfig,
     "drafter/small_model": SmallModelConfig,
+    "drafter/medusa": MedusaDrafterConfig,
+    "drafter/eagle": EagleDrafterConfig,
     "policy/chain": ChainConfig,
     "policy/static": StaticConfig,
     "policy/top_k": TopKConfig,

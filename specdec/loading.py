@@ -6,6 +6,7 @@ import importlib.util
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +75,7 @@ def load_model(
             options |= {"gguf_file": file, "quantization_config": _dequantized()}
         if place.type != "cpu":
             options["device_map"] = {"": place}
-        with _one_line(f"{where}: the model cannot be loaded; choose a complete checkpoint of a causal LM"):
+        with one_line(f"{where}: the model cannot be loaded; choose a complete checkpoint of a causal LM"):
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 source, output_loading_info=True, trust_remote_code=False, **options
             )
@@ -105,6 +106,26 @@ def load_model(
             if numerics == "invariant":
                 raise
     return paged
+
+
+@dataclass(frozen=True)
+class ModelSizes:
+    """What a model's config says of its sizes."""
+
+    hidden_size: int
+    vocab_size: int
+    num_layers: int
+
+
+def model_sizes(path: str | os.PathLike[str], gguf_file: str | None = None) -> ModelSizes:
+    """Sizes of a model by hub id, folder or *.gguf file, from its config alone. Raises as `load_model` does."""
+    source, file = _locate(os.fspath(path), gguf_file)
+    where = os.path.join(source, file) if file else source
+    if file:
+        require_gguf()
+    with _quiet_bars(), fast_gguf() if file else nullcontext():
+        config = _config(source, file, where).get_text_config(decoder=True)
+    return ModelSizes(config.hidden_size, config.vocab_size, config.num_hidden_layers)
 
 
 def embedded_model_path() -> Path:
@@ -139,7 +160,7 @@ def _locate(path: str, gguf_file: str | None) -> tuple[str, str | None]:
         )
     if gguf_file is None:
         return path, None
-    with _one_line(f"{path}: no such folder here, and the hub does not give {gguf_file}; {_HUB}"):
+    with one_line(f"{path}: no such folder here, and the hub does not give {gguf_file}; {_HUB}"):
         downloaded = Path(hf_hub_download(path, gguf_file))
     return str(downloaded.parent), downloaded.name
 
@@ -162,7 +183,7 @@ def _device(device: str | torch.device) -> torch.device:
         torch.empty(0, device=place)
     except Exception as error:
         raise ValueError(
-            f"device {str(device)!r} cannot be used ({_first_line(error)}); use auto, cpu or cuda"
+            f"device {str(device)!r} cannot be used ({first_line(error)}); use auto, cpu or cuda"
         ) from error
     return place
 
@@ -171,7 +192,7 @@ def _config(source: str, file: str | None, where: str) -> PreTrainedConfig:
     trouble = f"{where}: not a model that transformers can read; check {'the file' if file else 'its config.json'}"
     if not Path(source).exists():
         trouble = f"{source}: no such folder here, and the hub does not give it; {_HUB}"
-    with _one_line(trouble):
+    with one_line(trouble):
         options = {"gguf_file": file} if file else {}
         config = AutoConfig.from_pretrained(source, trust_remote_code=False, **options)
     if config.is_encoder_decoder:
@@ -189,7 +210,7 @@ def _tokenizer(source: str, file: str | None, where: str) -> PreTrainedTokenizer
     if not has_one:
         return None
     options = {"gguf_file": file} if file else {}
-    with _one_line(f"{where}: the tokenizer cannot be loaded; get its files again"):
+    with one_line(f"{where}: the tokenizer cannot be loaded; get its files again"):
         return AutoTokenizer.from_pretrained(source, trust_remote_code=False, **options)
 
 
@@ -200,17 +221,18 @@ def _dequantized() -> Any:
 
 
 @contextmanager
-def _one_line(what: str) -> Iterator[None]:
+def one_line(what: str) -> Iterator[None]:
     """Any failure of a library below becomes one ValueError that says what could not be done and why."""
     try:
         yield
     except (MemoryError, torch.OutOfMemoryError, UnsupportedModelError):
         raise
     except Exception as error:
-        raise ValueError(f"{what} ({type(error).__name__}: {_first_line(error)})") from error
+        raise ValueError(f"{what} ({type(error).__name__}: {first_line(error)})") from error
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """The first line of a message that says anything."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), "no message")
 
 

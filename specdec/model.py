@@ -109,6 +109,14 @@ class PagedModel:
         """Tensors for this model's layers on the pool's pages."""
         return KVCache(pool, self.layer_shapes, self.dtype, self.device)
 
+    def embed(self, token_ids_T: Tensor) -> Tensor:
+        """Embeddings [T, D] of tokens."""
+        return self.model.get_input_embeddings()(token_ids_T)
+
+    def lm_head(self, hidden_TD: Tensor) -> Tensor:
+        """Logits [T, V] of states behind the final norm."""
+        return self.model.get_output_embeddings()(hidden_TD)
+
     @torch.inference_mode()
     def forward(
         self,

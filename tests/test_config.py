@@ -6,11 +6,14 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
+from head_cases import eagle_config
 from hydra.errors import ConfigCompositionException
 from omegaconf.errors import MissingMandatoryValue
 
 from specdec import config as configs
-from specdec.drafters import NGramDrafter, SmallModelDrafter
+from specdec.drafters import EagleDrafter, MedusaDrafter, NGramDrafter, SmallModelDrafter
+from specdec.drafters.heads import EagleHead, MedusaConfig, MedusaHeads
+from specdec.drafters.heads.formats import save_head
 from specdec.engine import Engine
 from specdec.experiments.building import build, describe, sampling_params
 from specdec.experiments.system import load_system, target_name
@@ -21,7 +24,8 @@ from specdec.verifiers import RULES
 
 ROOT = Path(__file__).resolve().parent.parent
 ENTRIES = sorted(path.stem for path in (ROOT / "configs").glob("*.yaml") if path.stem != "quiet")
-EXPERIMENTS = [name for name in ENTRIES if (ROOT / "experiments" / f"{name}.py").exists()]
+# A file that would hide a standard module ends in an underscore.
+EXPERIMENTS = [one for one in ENTRIES if any((ROOT / "experiments" / f"{one}{end}.py").exists() for end in ("", "_"))]
 OPTIONS = [(group, option) for group, options in configs.groups().items() for option in options]
 # Without a run of Hydra there is no run folder for rows to go to.
 FOLDERS = {
@@ -29,6 +33,8 @@ FOLDERS = {
     "benchmark": ["output=rows.jsonl", "work_dir=."],
     "acceptance": ["output=rows.jsonl", "work_dir=."],
     "certify": ["output=one.json"],
+    "inspect": ["path=somewhere"],
+    "export": ["path=somewhere", "format=vllm", "output=there"],
 }
 
 
@@ -61,18 +67,49 @@ def test_every_option_composes(group: str, option: str) -> None:
     compose("generate", f"{group}={option}", *extra)
 
 
+@pytest.fixture(scope="module")
+def drafts(model_folder, tmp_path_factory) -> dict[str, str]:
+    """What `draft` names for each drafter."""
+    target, folder = PagedModel.load(model_folder), tmp_path_factory.mktemp("heads")
+    medusa = MedusaHeads.initial(MedusaConfig(target.hidden_size, target.vocab_size, 2, has_own_lm_head=False))
+    save_head(medusa, folder / "tiny-medusa")
+    save_head(EagleHead(eagle_config(target, 3, draft_vocab_size=40)), folder / "tiny-eagle")
+    heads = {name: str(folder / f"tiny-{name}") for name in ("medusa", "eagle")}
+    return {"ngram": model_folder, "small_model": model_folder, **heads}
+
+
+DRAFTERS = {"ngram": NGramDrafter, "small_model": SmallModelDrafter, "medusa": MedusaDrafter, "eagle": EagleDrafter}
+LABELS = {name: f"{name}(tiny-{name})" for name in DRAFTERS} | {
+    "ngram": "ngram",
+    "small_model": "small_model(tiny-llama)",
+}
+
+
 @pytest.mark.parametrize("policy", configs.options("drafter/policy"))
-@pytest.mark.parametrize("drafter", ["ngram", "small_model"])
-def test_every_drafter_and_policy_builds_and_generates(drafter: str, policy: str, model_folder: str) -> None:
-    typed = compose("generate", f"drafter={drafter}", f"drafter/policy={policy}", f"draft={model_folder}")
+@pytest.mark.parametrize("drafter", sorted({*configs.options("drafter")} - {"none"}))
+def test_every_drafter_and_policy_builds_and_generates(
+    drafter: str, policy: str, model_folder: str, drafts: dict[str, str]
+) -> None:
+    typed = compose("generate", f"drafter={drafter}", f"drafter/policy={policy}", f"draft={drafts[drafter]}")
     system = load_system(typed)
-    assert isinstance(system.drafter, {"ngram": NGramDrafter, "small_model": SmallModelDrafter}[drafter])
-    assert system.labels["drafter"] == {"ngram": "ngram", "small_model": "small_model(tiny-llama)"}[drafter]
+    assert isinstance(system.drafter, DRAFTERS[drafter])
+    assert system.labels["drafter"] == LABELS[drafter]
     assert system.labels["policy"].startswith(f"{policy}(")
     assert system.labels["num_nodes"] == system.policy.max_nodes
     engine = system.engine(PagedModel.load(model_folder), typed.engine)
     result = engine.generate(["abcabc"], SamplingParams(max_new_tokens=3, ignore_eos=True))[0]
     assert len(result.token_ids) == 3
+
+
+def test_a_head_for_another_drafter_is_refused_with_its_name(model_folder: str, drafts: dict[str, str]) -> None:
+    target = PagedModel.load(model_folder)
+    for drafter, other, found in (("medusa", "eagle", "EagleHead"), ("eagle", "medusa", "MedusaHeads")):
+        typed = compose("generate", f"drafter={drafter}", f"draft={drafts[other]}")
+        with pytest.raises(ValueError, match=f"holds {found}, which drafter={drafter} cannot run: use drafter={other}"):
+            load_system(typed).engine(target, typed.engine)
+    typed = compose("generate", "drafter=eagle", "draft=./nowhere")
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        load_system(typed).engine(target, typed.engine)
 
 
 def test_no_drafter_is_plain_decoding(model_folder: str) -> None:
@@ -142,8 +179,9 @@ def test_keys_forced_in_are_refused(override: str) -> None:
 def test_missing_values_are_named() -> None:
     with pytest.raises(MissingMandatoryValue, match=r"target\.path"):
         compose("generate", "target=hf")
-    with pytest.raises(ValueError, match="draft="):
-        load_system(compose("generate", "drafter=small_model"))
+    for drafter, what in {"small_model": "draft model", "medusa": "checkpoint", "eagle": "checkpoint"}.items():
+        with pytest.raises(ValueError, match=f"drafter={drafter} needs a {what}.*: give draft="):
+            load_system(compose("generate", f"drafter={drafter}"))
 
 
 def test_rule_and_policy_are_checked_before_anything_is_loaded() -> None:

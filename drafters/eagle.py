@@ -1,0 +1,179 @@
+"""An EAGLE head as drafter: one layer on the target's features, its keys and values on the target's pages."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from specdec.drafters.heads.eagle import EagleHead
+from specdec.drafters.heads.source import HeadSource, resolve
+from specdec.drafters.levels import LevelRound, Span
+from specdec.drafters.network import NetworkDrafter, NextLogits, fitted
+from specdec.interfaces import Commit
+from specdec.kernels.tree_attention import tree_attention
+from specdec.kv_cache import KVCache, LayerShape
+from specdec.model import PagedModel, Segment, plan_attention
+from specdec.pages import PagePool
+from specdec.sequence import Sequence
+
+
+@dataclass
+class _State:
+    """How far the head has computed a sequence, and the fused features [n, D] of positions from `first` on: those that it
+    has not read yet and the last that it has, for a tree may be asked for again."""
+
+    num_computed: int = 0
+    first: int = 0
+    features: list[Tensor] = field(default_factory=list)
+
+    def take(self, start: int, end: int) -> Tensor:
+        """Features of positions `start`..`end`-1; those before the last of them are not asked for again."""
+        if len(self.features) > 1:
+            self.features = [torch.cat(self.features)]
+        taken = self.features[0][start - self.first : end - self.first]
+        self.features[0] = self.features[0][end - 1 - self.first :]
+        self.first = end - 1
+        return taken
+
+
+class EagleDrafter(NetworkDrafter):
+    """Drafts with an EAGLE head (Li et al. 2024, EAGLE, section 3; Li et al. 2025, EAGLE-3, section 3.1).
+
+    Its entry t reads the feature of token t and token t + 1. Final tokens are run with the target's own features, as the
+    verifying forward gave them; drafted nodes with the head's own outputs in their place. What a tree left behind in the
+    slots is overwritten, never committed. Raises ValueError where head and target do not fit.
+    """
+
+    name = "eagle"
+
+    def __init__(self, head: EagleHead | HeadSource[EagleHead]) -> None:
+        self._source = head
+        self.feature_layers: tuple[int, ...] = ()
+        self._cache: KVCache | None = None
+        self._states: dict[int, _State] = {}
+
+    def bind(self, target: PagedModel, pool: PagePool) -> None:
+        self.head = resolve(self._source, target)
+        check_fit(self.head, target)
+        self.feature_layers = self.head.config.feature_layers
+        self._served = fitted(self.head, target, _run_once)
+        self.vocab_size, self.device = target.vocab_size, target.device
+        self._target = target
+        if self._cache is not None:
+            self._cache.release()
+        config = self.head.config
+        shape = LayerShape(config.num_kv_heads, config.head_size, config.head_size)
+        self._cache = KVCache(pool, [shape], target.dtype, target.device)
+        self._states.clear()
+
+    @torch.inference_mode()
+    def observe(self, commits: Seq[Commit]) -> None:
+        """Keeps the fused features; the head reads them in `propose`, those of all sequences in one forward."""
+        limit = self.head.config.max_positions
+        wanted = [commit for commit in commits if limit is None or commit.start < limit]
+        if not wanted:
+            return
+        fused = self._served.fuse([torch.cat([one.hidden[layer] for one in wanted]) for layer in self.feature_layers])
+        for commit, features in zip(wanted, fused.split([len(one.token_ids) for one in wanted]), strict=True):
+            self._states.setdefault(commit.sequence_id, _State()).features.append(features)
+
+    def forget(self, sequence_ids: Seq[int]) -> None:
+        for sequence_id in sequence_ids:
+            self._states.pop(sequence_id, None)
+
+    @torch.inference_mode()
+    def run(self, segments: Seq[Segment], features_TD: Tensor) -> Tensor:
+        """One forward of the head over the packed entries of all segments; their keys and values are in the cache then."""
+        assert self._cache is not None, "bind() comes first"
+        cache, plan = self._cache, plan_attention(segments, self.device)
+
+        def attend(query_THE: Tensor, key_TGE: Tensor, value_TGE: Tensor) -> Tensor:
+            cache.write(0, plan.slots_T, plan.first_slot, key_TGE, value_TGE)
+            return tree_attention(query_THE, *cache.layer(0), plan, scaling=query_THE.shape[-1] ** -0.5)
+
+        tokens_T = torch.cat([segment.token_ids_Q for segment in segments])
+        positions_T = torch.cat([segment.positions_Q for segment in segments])
+        embed = self._target.embed if self._served.embed_tokens is None else self._served.embed_tokens
+        return self._served(embed(tokens_T), features_TD, positions_T, attend)
+
+    @torch.inference_mode()
+    def answer(self, hidden_TD: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Logits [T, R] over the draft vocabulary, and its target ids where it is a part of the target's."""
+        return self._served.logits(hidden_TD, self._target.lm_head), self._served.draft_to_target_R
+
+    def _limit(self, sequence: Sequence) -> int:
+        if sequence.id not in self._states:
+            # Before the first token of all there is no feature.
+            return 0
+        limit = self.head.config.max_positions
+        # The root's entry lies one position before the root, and the deepest level is never run.
+        return sequence.max_draft_depth if limit is None else limit + 1 - sequence.root_position
+
+    def _round(self, sequences: Seq[Sequence], limits: list[int]) -> _EagleRound:
+        return _EagleRound(self, sequences, limits, [self._states.get(one.id, _State()) for one in sequences])
+
+
+class _EagleRound(LevelRound):
+    """One round: catches the head up to the root, then runs the tree's nodes level by level on its own outputs."""
+
+    shift = 1
+
+    def __init__(self, drafter: EagleDrafter, sequences: Seq[Sequence], limits: list[int], states: Seq[_State]) -> None:
+        super().__init__(drafter, sequences, limits, states)
+        self._eagle, self._states = drafter, states
+
+    def expand_root(self) -> NextLogits:
+        # Outputs of all expanded nodes in their order, the root first.
+        self._hidden_BXD = self.catch_up()[:, None]
+        return self._next(self._hidden_BXD)
+
+    def expand(self, tokens_BW: Tensor, parents_BW: Tensor, depth: int) -> NextLogits:
+        segments, live = self.level(tokens_BW, parents_BW, depth)
+        size = self._hidden_BXD.shape[2]
+        features_BWD = self._hidden_BXD.gather(1, parents_BW[..., None].expand(-1, -1, size))
+        if len(live) < len(features_BWD):
+            features_BWD = features_BWD[live]
+        hidden_BWD = self.spread(self._eagle.run(segments, features_BWD.flatten(0, 1)).view_as(features_BWD), live)
+        self._hidden_BXD = torch.cat([self._hidden_BXD, hidden_BWD], 1)
+        return self._next(hidden_BWD)
+
+    def run_chunk(self, segments: list[Segment], spans: list[Span], rows_R: Tensor) -> Tensor:
+        features = torch.cat([self._states[span.row].take(span.start, span.end) for span in spans])
+        return self._eagle.run(segments, features)[rows_R]
+
+    def _next(self, hidden_BWD: Tensor) -> NextLogits:
+        return NextLogits(self, *self._eagle.answer(hidden_BWD))
+
+
+def check_fit(head: EagleHead, target: PagedModel) -> None:
+    """Raises ValueError unless the head reads this target's hidden states and drafts its tokens."""
+    config = head.config
+    beyond = [layer for layer in config.feature_layers if not 0 <= layer <= target.num_layers]
+    ids = head.draft_to_target_R
+    if config.target_hidden_size != target.hidden_size:
+        found = f"hidden states of size {config.target_hidden_size}, not {target.hidden_size}"
+    elif config.vocab_size != target.vocab_size:
+        found = f"a vocabulary of {config.vocab_size} tokens, not {target.vocab_size}"
+    elif beyond:
+        found = f"hidden state {beyond[0]}, and the last is {target.num_layers}"
+    elif ids is not None and not 0 <= int(ids.min()) <= int(ids.max()) < target.vocab_size:
+        found = f"token {int(ids.max())}, and the vocabulary has {target.vocab_size}"
+    else:
+        return
+    raise ValueError(f"the EAGLE head is for {found} of target {target.name}: choose a head trained for this target")
+
+
+def load(path: str, layer_ids: str | None = None, norm_before_residual: bool | None = None) -> EagleDrafter:
+    """A drafter from a checkpoint of any known format, read when the drafter meets its target; options as in `load_head`."""
+    options = {"layer_ids": layer_ids, "norm_before_residual": norm_before_residual}
+    return EagleDrafter(HeadSource(path, EagleHead, **options))
+
+
+def _run_once(head: EagleHead) -> None:
+    config, like = head.config, head.fc.weight
+    features = head.fuse([like.new_zeros(1, config.target_hidden_size)] * len(config.feature_layers))
+    embeddings, first = like.new_zeros(1, config.hidden_size), torch.zeros(1, dtype=torch.int64, device=like.device)
+    head.logits(head(embeddings, features, first, lambda query, key, value: query), lambda hidden_TD: hidden_TD)

@@ -1,0 +1,42 @@
+"""Heads that drafters get: a network as it is, or a checkpoint that is read once its target is known."""
+
+from __future__ import annotations
+
+from typing import Any, Generic, TypeVar
+
+from torch import nn
+
+from specdec.drafters.heads.eagle import EagleHead
+from specdec.drafters.heads.formats import load_head
+from specdec.drafters.heads.medusa import MedusaHeads
+from specdec.model import PagedModel
+
+HeadT = TypeVar("HeadT", bound=nn.Module)
+_DRAFTERS: dict[type[nn.Module], str] = {MedusaHeads: "medusa", EagleHead: "eagle"}
+
+
+class HeadSource(Generic[HeadT]):
+    """A checkpoint of a head of class `kind`; what it leaves out, such as the number of layers, only the target tells.
+
+    `options` go to `formats.load_head`.
+    """
+
+    def __init__(self, path: str, kind: type[HeadT], **options: Any) -> None:
+        self.path, self._kind, self._options = path, kind, options
+        self._read: tuple[PagedModel, HeadT] | None = None
+
+    def head(self, target: PagedModel) -> HeadT:
+        """The head for this target. Raises ValueError or FileNotFoundError where there is none, or it does not fit."""
+        if self._read is None or self._read[0] is not target:
+            head = load_head(self.path, target, dtype=target.dtype, device=target.device, **self._options)
+            if not isinstance(head, self._kind):
+                raise ValueError(
+                    f"{self.path} holds {type(head).__name__}, which drafter={_DRAFTERS[self._kind]} cannot run: "
+                    f"use drafter={_DRAFTERS[type(head)]}"
+                )
+            self._read = target, head
+        return self._read[1]
+
+
+def resolve(given: HeadT | HeadSource[HeadT], target: PagedModel) -> HeadT:
+    return given.head(target) if isinstance(given, HeadSource) else given

@@ -1,0 +1,115 @@
+"""A round of a network that runs a tree's nodes over pages, level by level: a small model or an EAGLE head."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from specdec.drafters.network import NetworkDrafter, NetworkRound
+from specdec.model import Segment
+from specdec.sequence import Sequence
+
+
+class Progress(Protocol):
+    """How many entries of a sequence the network has run: their keys and values lie in as many slots."""
+
+    num_computed: int
+
+
+@dataclass(frozen=True)
+class Span:
+    """Entries `start`..`end`-1 of batch row `row`."""
+
+    row: int
+    start: int
+    end: int
+
+
+class LevelRound(NetworkRound):
+    """Catches the network up with the final tokens, then runs the tree's nodes level by level.
+
+    The network has an entry per final token but the first `shift`: entry t reads token t + `shift` and lies at position
+    and slot t. The last entry stands for the root, drafted nodes lie behind it.
+    """
+
+    shift = 0
+    _CHUNK = 512
+
+    def __init__(
+        self, drafter: NetworkDrafter, sequences: Seq[Sequence], limits: list[int], progress: Seq[Progress]
+    ) -> None:
+        super().__init__(drafter, sequences, limits)
+        self._progress = progress
+        self._num_entries = [len(one.token_ids) - self.shift for one in sequences]
+        self._num_entries_B = torch.tensor(self._num_entries, device=self.device)
+        # Expanded nodes behind the root: who is an ancestor of whom (itself included), and at what depth.
+        self._ancestors_BXX = torch.zeros(len(sequences), 0, 0, dtype=torch.bool, device=self.device)
+        self._depths: list[int] = []
+
+    def run_chunk(self, segments: list[Segment], spans: list[Span], rows_R: Tensor) -> Tensor:
+        """Runs entries of final tokens; what the network gives [R, ...] at the packed rows `rows_R`."""
+        raise NotImplementedError
+
+    def catch_up(self) -> Tensor:
+        """Runs what the network has not seen, the root's entry last, in chunks; what it gives [B, ...] at the roots."""
+        live = [row for row, limit in enumerate(self.limits) if limit > 0]
+        at_root: dict[int, Tensor] = {}
+        while len(at_root) < len(live):
+            segments, spans, ends, owners, packed = [], [], [], [], 0
+            for row in live:
+                if row in at_root:
+                    continue
+                one, total = self.sequences[row], self._num_entries[row]
+                # The root is run again where a tree has been grown from it before: what it gives is wanted once more.
+                start = min(self._progress[row].num_computed, total - 1)
+                end = min(total, start + self._CHUNK)
+                tokens = torch.tensor(one.token_ids[start + self.shift : end + self.shift], device=self.device)
+                segments.append(Segment(one.table, start, tokens, torch.arange(start, end, device=self.device)))
+                spans.append(Span(row, start, end))
+                packed += end - start
+                self._progress[row].num_computed = end
+                if end == total:
+                    ends.append(packed - 1)
+                    owners.append(row)
+            rows = torch.tensor(ends, dtype=torch.int64, device=self.device)
+            at_root.update(zip(owners, self.run_chunk(segments, spans, rows), strict=True))
+        return self.spread(torch.stack([at_root[row] for row in live]), live)
+
+    def level(self, tokens_BW: Tensor, parents_BW: Tensor, depth: int) -> tuple[list[Segment], list[int]]:
+        """The next level's nodes as segments, and the batch rows that they belong to: those that may go deeper still."""
+        batch, width = tokens_BW.shape
+        old = self._ancestors_BXX.shape[1]
+        # Column 0 stands for the root, which everybody sees as part of the context.
+        inherited = pad(self._ancestors_BXX, (0, 0, 1, 0)).gather(1, parents_BW[..., None].expand(-1, -1, old))
+        own = torch.eye(width, dtype=torch.bool, device=self.device).expand(batch, -1, -1)
+        mask_BWM = torch.cat([inherited, own], 2)
+        self._ancestors_BXX = torch.cat([pad(self._ancestors_BXX, (0, width)), mask_BWM], 1)
+        self._depths += [depth] * width
+        positions_BM = self._num_entries_B[:, None] - 1 + torch.tensor(self._depths, device=self.device)
+        # A row that may not go deeper than this has no use for the nodes, nor perhaps a position.
+        live = [row for row, limit in enumerate(self.limits) if limit > depth]
+        segments = [
+            Segment(
+                self.sequences[row].table,
+                self._num_entries[row],
+                tokens_BW[row],
+                positions_BM[row, old:],
+                mask_BWM[row],
+                positions_BM[row],
+            )
+            for row in live
+        ]
+        return segments, live
+
+    def spread(self, values: Tensor, live: list[int]) -> Tensor:
+        """Values of the rows that ran, at their places in the batch; zeros elsewhere."""
+        if len(live) == len(self.sequences):
+            return values
+        out = values.new_zeros(len(self.sequences), *values.shape[1:])
+        out[live] = values
+        return out

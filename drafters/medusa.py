@@ -1,0 +1,109 @@
+"""Medusa heads as drafter: every place behind the root from the one last state of the target, trees by any policy."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+
+import torch
+from torch import Tensor
+
+from specdec.drafters.heads.medusa import MedusaHeads
+from specdec.drafters.heads.source import HeadSource, resolve
+from specdec.drafters.network import NetworkDrafter, NetworkRound, NextLogits, fitted
+from specdec.interfaces import Commit
+from specdec.model import PagedModel
+from specdec.pages import PagePool
+from specdec.sequence import Sequence
+
+
+class MedusaDrafter(NetworkDrafter):
+    """Drafts with heads on the target's last hidden state (Cai et al. 2024, Medusa, section 2.1).
+
+    The state of the token before the root gave the root itself; from the same state head i predicts the token i + 1 places
+    behind it. So a law depends on the depth alone (and on drafted tokens through penalties), and trees end at the
+    number of heads. Raises ValueError where heads and target do not fit.
+    """
+
+    name = "medusa"
+
+    def __init__(self, heads: MedusaHeads | HeadSource[MedusaHeads]) -> None:
+        self._source = heads
+        self.feature_layers: tuple[int, ...] = ()
+        self._states: dict[int, Tensor] = {}
+
+    def bind(self, target: PagedModel, pool: PagePool) -> None:
+        self.heads = resolve(self._source, target)
+        config = self.heads.config
+        for what, ours, theirs in (
+            ("hidden states of size", config.hidden_size, target.hidden_size),
+            ("a vocabulary of", config.vocab_size, target.vocab_size),
+        ):
+            if ours != theirs:
+                raise ValueError(
+                    f"Medusa heads for {what} {ours} do not fit target {target.name}, which has {theirs}: "
+                    f"choose heads trained for this target"
+                )
+        self._served = fitted(self.heads, target, _run_once)
+        self.vocab_size, self.device, self._lm_head = target.vocab_size, target.device, target.lm_head
+        self.feature_layers = (target.num_layers,)
+        self._states.clear()
+
+    def observe(self, commits: Seq[Commit]) -> None:
+        (layer,) = self.feature_layers
+        for commit in commits:
+            # A copy, so that one state does not keep a whole chunk of them.
+            self._states[commit.sequence_id] = commit.hidden[layer][-1].clone()
+
+    def forget(self, sequence_ids: Seq[int]) -> None:
+        for sequence_id in sequence_ids:
+            self._states.pop(sequence_id, None)
+
+    def _limit(self, sequence: Sequence) -> int:
+        # Before the first token of all there is no state to draft from.
+        return self.heads.config.num_heads if sequence.id in self._states else 0
+
+    @torch.inference_mode()
+    def _round(self, sequences: Seq[Sequence], limits: list[int]) -> _MedusaRound:
+        nothing = next(iter(self._states.values()))
+        hidden_BD = torch.stack([self._states.get(one.id, nothing) for one in sequences])
+        return _MedusaRound(self, sequences, limits, self._served.logits(hidden_BD, self._lm_head, max(limits)))
+
+
+class _MedusaRound(NetworkRound):
+    """One round: logits [H, B, V] of all heads that the tree may reach, computed at once."""
+
+    def __init__(self, drafter: MedusaDrafter, sequences: Seq[Sequence], limits: list[int], logits_HBV: Tensor) -> None:
+        super().__init__(drafter, sequences, limits)
+        self._logits_HBV = logits_HBV
+
+    def expand_root(self) -> _MedusaNext:
+        return _MedusaNext(self, self._logits_HBV[0], 1)
+
+    def expand(self, tokens_BW: Tensor, parents_BW: Tensor, depth: int) -> _MedusaNext:
+        return _MedusaNext(self, self._logits_HBV[depth], tokens_BW.shape[1])
+
+
+class _MedusaNext:
+    """What one head says, for all W nodes of a level alike."""
+
+    def __init__(self, draft: _MedusaRound, logits_BV: Tensor, width: int) -> None:
+        self._draft, self._logits_B1V, self._width = draft, logits_BV[:, None], width
+
+    def top(self, k: int) -> tuple[Tensor, Tensor]:
+        tokens, logprobs = NextLogits(self._draft, self._logits_B1V).top(k)
+        return tokens.expand(-1, self._width, -1), logprobs.expand(-1, self._width, -1)
+
+    def laws(self, paths_BWK: Tensor) -> Tensor:
+        if self._draft.has_penalties:
+            return NextLogits(self._draft, self._logits_B1V.expand(-1, self._width, -1)).laws(paths_BWK)
+        return NextLogits(self._draft, self._logits_B1V).laws(paths_BWK[:, :1]).expand(-1, self._width, -1)
+
+
+def load(path: str) -> MedusaDrafter:
+    """A drafter from a checkpoint of any known format, read when the drafter meets its target."""
+    return MedusaDrafter(HeadSource(path, MedusaHeads))
+
+
+def _run_once(heads: MedusaHeads) -> None:
+    parameter = next(heads.parameters())
+    heads.logits(parameter.new_zeros(1, heads.config.hidden_size), lambda hidden_TD: hidden_TD)
