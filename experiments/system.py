@@ -86,6 +86,7 @@ def load_target(config: TargetConfig) -> PagedModel:
         device=config.device,
         self_check=config.self_check,
         packed=config.packed,
+        numerics=config.numerics,
     )
 
 

@@ -26,6 +26,7 @@ class TargetConfig:
     device: str = "auto"
     self_check: bool = True
     packed: bool = True
+    numerics: str = "auto"
 
 
 @dataclass
