@@ -103,7 +103,8 @@ class Trainer:
         totals = Totals()
         try:
             # An evaluation that was stopped is made up for.
-            self._evaluate_if_due(calls, held_out)
+            if self._evaluate_if_due(calls, held_out):
+                self.save()
             while not self.is_done:
                 with interrupted_after():
                     self._train_step(progress.step, totals)
@@ -179,10 +180,10 @@ class Trainer:
         layers = self.objective.layers
         return self._states([data.index_in_folder(i) for i in records], row, layers) if layers else {}
 
-    def _evaluate_if_due(self, calls: Callbacks, held_out: RecordSet | None) -> None:
+    def _evaluate_if_due(self, calls: Callbacks, held_out: RecordSet | None) -> bool:
         progress = self.progress
         if not self._is_due(self.params.eval_every) or progress.evaluated_step == progress.step:
-            return
+            return False
         row: dict[str, Any] = {"kind": "eval"}
         if held_out is not None and len(held_out):
             row |= self.validate(held_out)
@@ -201,6 +202,7 @@ class Trainer:
         progress.evaluated_step = progress.step
         progress.stopped_early = 0 < self.params.patience <= progress.evals_without_gain
         self._emit(calls, {**row, "is_best": progress.best_step == progress.step})
+        return True
 
     def _emit(self, calls: Callbacks, row: dict[str, Any]) -> None:
         if self.accelerator.is_main_process:
