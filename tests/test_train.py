@@ -100,6 +100,14 @@ def test_a_head_is_trained_saved_and_served(kind: str, train, model: str, data: 
     assert found["tau"] == rows[-1]["tau"]
 
 
+def test_mixed_precision_and_wandb(train, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    words = ("training.mixed_precision=bf16", "tracking=wandb", "tracking.mode=disabled")
+    status, said, rows = train("head=eagle3", *EXTRA["eagle3"], *words)
+    assert status == 0, said
+    assert all(row["loss"] > 0 for row in rows if row["kind"] == "train")
+
+
 def test_a_finished_training_does_nothing_more(train) -> None:
     assert train("head=medusa", *EXTRA["medusa"])[0] == 0
     status, said, rows = train("head=medusa", *EXTRA["medusa"])

@@ -343,6 +343,8 @@ def test_a_stopped_evaluation_is_made_up_for(target, tmp_path: Path) -> None:
     again = make_trainer("medusa", target, data, tmp_path / "run", eval_every=2)
     again.run(Callbacks(evaluate=lambda state: {"tau": 1.0}, on_row=lambda row: seen.append(row["step"])))
     assert seen == [2, 4, 6, 6]
+    # Done, evaluations included: asked again, it does nothing.
+    make_trainer("medusa", target, data, tmp_path / "run", eval_every=2).run(Callbacks(evaluate=interrupted))
 
 
 def test_texts_too_short_for_the_later_steps(target) -> None:

@@ -107,7 +107,7 @@ def test_exclusion_sees_through_spelling_and_finds_shared_words() -> None:
 
 def test_windows_cover_a_document(tokenizer) -> None:
     text = WORDS * 3
-    records = Documents([text], tokenizer, max_length=32, min_length=2).records([text], 0)
+    records = Documents([text], tokenizer, max_length=32, min_length=2).records([text])
     assert torch.equal(torch.cat([one.token_ids_T for one in records]), torch.tensor(tokenizer(text)["input_ids"]))
     assert all(one.loss_mask_T.all() and one.source_hash == text_hash(text) for one in records)
 

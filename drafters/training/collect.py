@@ -41,7 +41,7 @@ def collect(
                     dropped["duplicate_sources"] += 1
                 else:
                     fresh[key] = text
-            records = source.records(list(fresh.values()), writer.cursor) if fresh else []
+            records = source.records(list(fresh.values())) if fresh else []
             kept = writer.commit(records, {"offered": len(offered), **dropped})
             barren = 0 if kept else barren + 1
             if barren == max_barren:

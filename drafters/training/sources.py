@@ -20,20 +20,20 @@ _PLACEHOLDER = "PLACEHOLDER"
 
 
 class Source(Protocol):
-    """Batches of texts, and records from a batch's texts; both depend on the batch's number and nothing before."""
+    """Batches of texts, which depend on the batch's number alone, and records from texts, which depend on the text alone."""
 
     def texts(self, batch: int) -> list[str] | None:
         """None behind the last batch; an empty text is one that came to nothing."""
         ...
 
-    def records(self, texts: Seq[str], batch: int) -> list[Record]: ...
+    def records(self, texts: Seq[str]) -> list[Record]: ...
 
 
 @dataclass(frozen=True)
 class Answers:
     """Has the target answer prompts, as user messages of its chat template where it has one; the answer is to be learnt.
 
-    Prompt i of batch b draws with a seed made of `seed`, b and i. What is longer than `max_length` tokens is cut, an answer
+    An answer draws with a seed made of `seed` and the prompt. What is longer than `max_length` tokens is cut, an answer
     of which nothing is left, and a prompt too long for the model, makes no record.
     """
 
@@ -42,21 +42,21 @@ class Answers:
     seed: int
     max_length: int
 
-    def records(self, texts: Seq[str], batch: int) -> list[Record]:
+    def records(self, texts: Seq[str]) -> list[Record]:
         tokenizer = self.engine.target.tokenizer
         chat = bool(tokenizer is not None and tokenizer.chat_template)
-        prompts = [(i, text, encode_prompt(self.engine, text, chat)) for i, text in enumerate(texts)]
-        prompts = [(i, text, ids) for i, text, ids in prompts if 0 < len(ids) < self.max_length]
+        prompts = [(text, encode_prompt(self.engine, text, chat)) for text in texts]
+        prompts = [(text, ids) for text, ids in prompts if 0 < len(ids) < self.max_length]
         params = [
             replace(
                 self.params,
-                seed=seed_of(self.seed, "answer", batch, i),
+                seed=seed_of(self.seed, "answer", text),
                 max_new_tokens=min(self.params.max_new_tokens, self.max_length - len(ids)),
             )
-            for i, _, ids in prompts
+            for text, ids in prompts
         ]
-        results = self.engine.generate([ids for _, _, ids in prompts], params)
-        return [_record(result, text) for (_, text, _), result in zip(prompts, results, strict=True)]
+        results = self.engine.generate([ids for _, ids in prompts], params)
+        return [_record(result, text) for (text, _), result in zip(prompts, results, strict=True)]
 
 
 class SelfPrompts:
@@ -83,8 +83,8 @@ class SelfPrompts:
         results = self._answers.engine.generate([self._opening] * self._batch_size, params)
         return [result.text.strip() if result.finish_reason == "stop" else "" for result in results]
 
-    def records(self, texts: Seq[str], batch: int) -> list[Record]:
-        return self._answers.records(texts, batch)
+    def records(self, texts: Seq[str]) -> list[Record]:
+        return self._answers.records(texts)
 
 
 class GivenPrompts:
@@ -96,8 +96,8 @@ class GivenPrompts:
     def texts(self, batch: int) -> list[str] | None:
         return list(self._prompts[batch * self._batch_size : (batch + 1) * self._batch_size]) or None
 
-    def records(self, texts: Seq[str], batch: int) -> list[Record]:
-        return self._answers.records(texts, batch)
+    def records(self, texts: Seq[str]) -> list[Record]:
+        return self._answers.records(texts)
 
 
 class Documents:
@@ -120,7 +120,7 @@ class Documents:
     def texts(self, batch: int) -> list[str] | None:
         return list(self._documents[batch * self._batch_size : (batch + 1) * self._batch_size]) or None
 
-    def records(self, texts: Seq[str], batch: int) -> list[Record]:
+    def records(self, texts: Seq[str]) -> list[Record]:
         found = []
         for text in texts:
             ids = torch.tensor(self._tokenizer(text)["input_ids"])
