@@ -242,7 +242,9 @@ def explain(error: BaseException, words: list[str]) -> str:
         text = f"{override}: {str(cause).partition(chr(10))[0]}"
     elif message.startswith("Ambiguous value"):
         text = f"{message.partition(chr(10))[0].split(maxsplit=4)[-1]} lists several values: add -m to run each of them"
-    elif isinstance(error, MissingMandatoryValue) and (found := re.search(r"full_key: (\S+)", message)):
+    elif (isinstance(error, MissingMandatoryValue) and (found := re.search(r"full_key: (\S+)", message))) or (
+        found := re.search(r"Missing mandatory value: (\S+)", message)
+    ):
         text = f"{found[1]} is missing: give {found[1]}=VALUE"
     elif message.startswith("Config group override must be"):
         word = next((word for word in words if options(word.partition("=")[0])), "")
@@ -258,6 +260,9 @@ def explain(error: BaseException, words: list[str]) -> str:
 
 
 def _unknown_key(key: str, words: list[str]) -> str:
+    if options(key) and key.partition("/")[0] not in compose(words[0], []):
+        used = [group for group in groups() if group.partition("/")[0] in compose(words[0], [])]
+        return f"{words[0]} has no {key} to choose; it has {', '.join(used)}"
     if options(key):
         return f"{key} cannot be chosen here: another choice (drafter=none?) leaves no room for it"
     choices = [w for w in words[1:] if (found := re.match(r"([\w/]+)=(\w+)$", w)) and found[2] in options(found[1])]

@@ -168,6 +168,8 @@ def test_a_cache_is_filled_where_it_was_left(tiny, tmp_path: Path) -> None:
     ("words", "part"),
     [
         (["data=nowhere"], "data=nowhere: no such folder"),
+        (["drafter=ngram"], "train has no drafter to choose; it has engine, head,"),
+        (["folder=???"], "folder is missing: give folder=VALUE"),
         (["training.mixed_precision=int3"], "mixed_precision=int3"),
         (["training.num_steps=0"], "num_steps=0"),
         (["head=medusa", "training.row_tokens=100000"], "makes 1 rows of 100000 tokens, and a step takes 2"),

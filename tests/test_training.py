@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import signal
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from torch.nn.functional import cross_entropy, smooth_l1_loss
 from specdec.drafters.training.attention import UnrollAttention, packed_attention
 from specdec.drafters.training.cross_entropy import linear_cross_entropy
 from specdec.drafters.training.initial import new_eagle, new_medusa
+from specdec.drafters.training.interrupts import interrupted_after
 from specdec.drafters.training.joint import MedusaJointObjective
 from specdec.drafters.training.loop import Callbacks, Trainer, checkpoints
 from specdec.drafters.training.objectives import Eagle1Objective, Eagle3Objective, MedusaObjective
@@ -404,6 +406,31 @@ def test_medusa_2_trains_heads_and_target(tiny, target, tmp_path: Path) -> None:
     assert [group["lr"] for group in trainer._optimizer.param_groups] == [
         pytest.approx(params.rate(7) * rate) for rate in (1e-3, 4e-3)
     ]
+
+
+def test_an_interrupt_waits_for_the_step_to_end() -> None:
+    done = []
+    with pytest.raises(KeyboardInterrupt), interrupted_after():
+        signal.raise_signal(signal.SIGINT)
+        done.append("first")
+    with pytest.raises(KeyboardInterrupt), interrupted_after():
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+        done.append("second")
+    assert done == ["first"] and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_targets_that_training_does_not_understand_are_refused(tiny) -> None:
+    with pytest.raises(ValueError, match="soft-capped or scaled"):
+        TrainingTarget(PagedModel(tiny(architecture="gemma2", head_dim=8, final_logit_softcapping=1.0)))
+    gpt2 = tiny(architecture="gpt2", n_embd=32, n_layer=2, n_head=4, n_positions=64)
+    target = TrainingTarget(PagedModel(gpt2))
+    with pytest.raises(ValueError, match="no single rotary embedding"):
+        new_eagle(target, 1, seed=0)
+    # Medusa asks for nothing but the last state and the LM head.
+    row = Row.of(texts(2))
+    objective = MedusaObjective(new_medusa(target, 2), target)
+    assert objective(row, target([], row, objective.layers), 0)["loss"] > 0
 
 
 @pytest.mark.parametrize(
