@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from specdec.certificates.forcing import TeacherForcing, processed
-from specdec.certificates.real import Subject, derived_seed
+from specdec.certificates.kept import derived_seed
+from specdec.certificates.real import Subject
 from specdec.model import PagedModel
 from specdec.noise import CounterNoise, PositionKey
 from specdec.packing import PackedLinear
