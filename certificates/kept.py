@@ -19,26 +19,36 @@ from specdec.tracking import JsonlTracker
 class Kept:
     """Pieces by key and number in a file of lines; whoever opens the same file again finds those that were finished.
 
-    The folder is made where there is none. Raises ValueError where the file cannot be written.
+    The folder is made where there is none; without a path pieces last as long as this object. Raises ValueError where the
+    file cannot be written.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path | None) -> None:
+        self._known: dict[tuple[str, int], dict[str, Any]] = {}
+        self._tracker = None
+        if path is None:
+            return
         path.parent.mkdir(parents=True, exist_ok=True)
         self._tracker = JsonlTracker(path)
-        self._known: dict[tuple[str, int], dict[str, Any]] = {}
         for line in path.read_text(encoding="utf-8").splitlines():
             # A process that was killed may have left half a line; that piece is made again.
             with contextlib.suppress(json.JSONDecodeError):
                 row = json.loads(line)
                 self._known[row["key"], row["batch"]] = row
-        self.finish = self._tracker.finish
 
     def get(self, key: str, number: int) -> dict[str, Any] | None:
         return self._known.get((key, number))
 
     def put(self, key: str, number: int, piece: dict[str, Any]) -> None:
         """Written at once; numbers may be infinite, which Python's JSON reads back."""
-        self._tracker.row({"key": key, "batch": number, **piece})
+        row = {"key": key, "batch": number, **piece}
+        self._known[key, number] = row
+        if self._tracker is not None:
+            self._tracker.row(row)
+
+    def finish(self) -> None:
+        if self._tracker is not None:
+            self._tracker.finish()
 
 
 def fingerprint(*parts: Any) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import asdict, dataclass, replace
@@ -14,7 +15,7 @@ from specdec.certificates.alarms import false_alarms
 from specdec.certificates.forcing import TeacherForcing
 from specdec.certificates.kept import Kept, derived_seed, fingerprint, progress_bar
 from specdec.certificates.scores import ScoredLaws, Steps, uniforms
-from specdec.certificates.statistics import MIN_TOKENS, TESTS, Alternative, Sums, evaluate
+from specdec.certificates.statistics import MIN_TOKENS, TESTS, Alternative, Outcome, Sums, evaluate
 from specdec.engine import Engine
 from specdec.model import PagedModel
 from specdec.sampling import SamplingParams
@@ -99,7 +100,7 @@ def run(
                         name: _least(test.tokens_needed.get(name) for test in tests)
                         for name in ("argmax", "temperature")
                     },
-                    "tests": [{**asdict(test), "passed": test.p_value >= threshold} for test in tests],
+                    "tests": [_test_row(test, threshold) for test in tests],
                     "passed": all(test.p_value >= threshold for test in tests),
                 }
                 if subject.engine.drafter is None:
@@ -176,8 +177,16 @@ def _key(
 def sampling_labels(params: SamplingParams) -> dict[str, Any]:
     """The temperature, and whatever else shapes the law."""
     values, defaults = asdict(params), asdict(SamplingParams())
+    # JSON has no infinity: a token that is forbidden gets the lowest number there is.
+    values["logit_bias"] = {token: max(bias, -sys.float_info.max) for token, bias in params.logit_bias.items()}
     shaping = ("top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "logit_bias")
     return {"temperature": params.temperature} | {k: values[k] for k in shaping if values[k] != defaults[k]}
+
+
+def _test_row(test: Outcome, threshold: float) -> dict[str, Any]:
+    # A score that the law leaves no chance and that differs all the same: JSON has no infinity.
+    statistic = min(max(test.statistic, -sys.float_info.max), sys.float_info.max)
+    return {**asdict(test), "statistic": statistic, "passed": test.p_value >= threshold}
 
 
 def _has_cut(params: SamplingParams) -> bool:
