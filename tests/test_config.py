@@ -13,6 +13,7 @@ from specdec import config as configs
 from specdec.drafters import NGramDrafter, SmallModelDrafter
 from specdec.engine import Engine
 from specdec.experiments.building import build, describe, sampling_params
+from specdec.experiments.contenders import system_config
 from specdec.experiments.system import load_system, target_name
 from specdec.model import PagedModel
 from specdec.sampling import SamplingParams
@@ -28,7 +29,7 @@ FOLDERS = {
     "generate": ["output=rows.jsonl"],
     "benchmark": ["output=rows.jsonl", "work_dir=."],
     "acceptance": ["output=rows.jsonl", "work_dir=."],
-    "certify": ["output=one.json"],
+    "certify": ["output=one.json", "work_dir=."],
 }
 
 
@@ -73,6 +74,13 @@ def test_every_drafter_and_policy_builds_and_generates(drafter: str, policy: str
     engine = system.engine(PagedModel.load(model_folder), typed.engine)
     result = engine.generate(["abcabc"], SamplingParams(max_new_tokens=3, ignore_eos=True))[0]
     assert len(result.token_ids) == 3
+
+
+def test_every_system_of_a_certificate_builds(model_folder: str) -> None:
+    typed = compose("certify", f"draft={model_folder}")
+    for name in [*typed.systems, *typed.draft_systems]:
+        system = load_system(system_config(name, typed.target, typed.draft))
+        assert system.labels["lossless"] != system.allow_lossy and system.policy is not None
 
 
 def test_no_drafter_is_plain_decoding(model_folder: str) -> None:
