@@ -289,6 +289,16 @@ def test_wrong_sampling_is_found(target, tmp_path: Path, change: dict, params: S
     assert not row["passed"]
 
 
+def test_a_law_that_leaves_no_chance_is_tested_too(target, tmp_path: Path) -> None:
+    sure = replace(WARM, top_k=1)
+    right, wrong = Engine(Verifier(target), max_batch_size=32), WrongParams(Verifier(target), max_batch_size=32)
+    wrong.change = {"top_k": 0}
+    subjects = [Subject(right, {"name": "right"}), Subject(wrong, {"name": "wrong"})]
+    rows = run(target, subjects, PROMPTS, [sure], MIN_TOKENS, tmp_path)
+    assert [row["passed"] for row in rows] == [True, False] and rows[1]["num_impossible"] > 100
+    json.dumps(rows, allow_nan=False)
+
+
 def test_a_temperature_off_by_3_percent_is_found_with_the_predicted_tokens(target, tmp_path: Path) -> None:
     plain = Subject(Engine(Verifier(target), max_batch_size=32), {"name": "plain"})
     (pilot,) = run(target, [plain], PROMPTS, [WARM], MIN_TOKENS, tmp_path, power=0.99)
