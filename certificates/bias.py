@@ -89,13 +89,13 @@ def bias(
 
 class Witness:
     """Stands where a lossy rule stands and notes, per request, the target's probability of every token that the rule emitted
-    without chance, and 1 for each token that was drawn from the target's own law. Requests are told apart by their seeds."""
+    without chance, and None for each that was drawn from the target's own law. Requests are told apart by their seeds."""
 
     lossless = False
 
     def __init__(self, rule: AcceptanceRule) -> None:
         self.rule, self.name = rule, rule.name
-        self.probs: dict[int, list[float]] = defaultdict(list)
+        self.probs: dict[int, list[float | None]] = defaultdict(list)
 
     def accepts(self, spec: TreeSpec) -> str | None:
         return self.rule.accepts(spec)
@@ -110,7 +110,7 @@ class Witness:
         probs_BK = laws_BNV[rows_B1, parents_BK, tree.tokens_BN.gather(1, nodes_BK)].double()
         counts = verdict.num_accepted_B.tolist()
         for seed, count, probs in zip(noise.seeds_B.tolist(), counts, probs_BK.tolist(), strict=True):
-            self.probs[seed] += [*probs[:count], 1.0]
+            self.probs[seed] += [*probs[:count], None]
         return verdict
 
 
@@ -142,14 +142,15 @@ def _texts(
     texts = []
     for index, result in zip(indices, results, strict=True):
         # What ends a text cuts inside an accepted span.
-        probs = witness.probs[result.seed][: len(result.token_ids)]
-        assert len(probs) == len(result.token_ids), "every emitted token went through the rule"
+        noted = witness.probs[result.seed][: len(result.token_ids)]
+        assert len(noted) == len(result.token_ids), "every emitted token went through the rule"
+        probs = [prob for prob in noted if prob is not None]
         texts.append(
             {
                 "prompt": index % len(prompts),
                 "seed": result.seed,
-                "num_tokens": len(probs),
-                "num_accepted": sum(p < 1 for p in probs),
+                "num_tokens": len(noted),
+                "num_accepted": len(probs),
                 "kl": math.fsum(-math.log(p) for p in probs),
                 "total_variation": math.fsum(1 - p for p in probs),
             }

@@ -14,11 +14,11 @@ from specdec.certificates import real
 from specdec.certificates.bias import bias
 from specdec.certificates.referee import referee, upcast
 from specdec.certificates.statistics import MIN_TOKENS
-from specdec.config import CertifyConfig, EngineConfig, SystemConfig, TargetConfig
+from specdec.config import CertifyConfig, EngineConfig, TargetConfig
 from specdec.experiments.building import sampling_params
 from specdec.experiments.contenders import PLAIN, system_config
 from specdec.experiments.prompts import check_chat, read_prompts, uses_chat, wrap
-from specdec.experiments.system import System, load_system, load_target, plain_system, target_name
+from specdec.experiments.system import System, load_system, load_target, plain_system, rule_and_policy, target_name
 from specdec.model import PagedModel
 from specdec.provenance import device_name
 from specdec.request import encode
@@ -56,7 +56,7 @@ class RealParts:
         texts = wrap(read_prompts(config.prompt_file, config.prompt_field, config.limit), config.template)
         names = [*config.systems, *(config.draft_systems if config.draft is not None else [])]
         for name in names:
-            system_config(name, config.target, config.draft)
+            rule_and_policy(system_config(name, config.target, config.draft))
         params = sampling_params(config.sampling)
         return RealParts(config, texts, replace(params, seed=params.with_seed()), names)
 
@@ -70,10 +70,7 @@ class RealParts:
         params = [replace(self.params, temperature=temperature) for temperature in config.temperatures]
         lossless = subjects(target, systems, config.engine)
         lossy = subjects(target, systems, config.engine, lossless=False)
-        dtype = getattr(torch, config.dtype)
-        rows = real.run(
-            target, lossless, prompts, params, config.num_tokens, config.work_dir, alpha=config.alpha, dtype=dtype
-        )
+        rows = real.run(target, lossless, prompts, params, config.num_tokens, config.work_dir, alpha=config.alpha)
         common = self._labels(settings, target)
         found = [{"measured": "law", **common, **row} for row in rows]
         biased = bias(lossy, prompts, params, config.num_tokens, config.work_dir) if lossy else []
@@ -103,10 +100,7 @@ class RealParts:
 
     def _systems(self, target: TargetConfig) -> dict[str, System]:
         """Drafters are loaded for one target: they take its dtype and are bound to its pages."""
-        described: dict[str, SystemConfig] = {
-            name: system_config(name, target, self.config.draft) for name in self.names
-        }
-        return {name: load_system(one) for name, one in described.items()}
+        return {name: load_system(system_config(name, target, self.config.draft)) for name in self.names}
 
     def _prompts(self, target: PagedModel) -> list[list[int]]:
         chat = uses_chat(self.config.chat, target.tokenizer)

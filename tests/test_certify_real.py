@@ -10,7 +10,7 @@ import pytest
 
 from specdec import Engine, cli
 from specdec.certificates.statistics import MIN_TOKENS
-from specdec.experiments import certify_real
+from specdec.experiments import certify, certify_real
 from specdec.verifiers import Rejection, Threshold
 
 IID = "drafter/policy=chain drafter.policy.depth=3 drafter.policy.kind=iid"
@@ -108,10 +108,14 @@ def test_an_interrupted_run_says_how_to_go_on(run, monkeypatch) -> None:
         (["num_judged=0"], "num_judged=0"),
         (["systems=['drafter=ngrm']"], "drafter=ngrm"),
         (["systems=['drafter=ngram rule=typical']"], "allow_lossy=true"),
+        (["systems=['drafter=ngram rule=rejection']"], "rule=rejection is not exact"),
+        (["systems=['drafter=small_model']"], "draft="),
+        (["level=all", "systems=['drafter=ngram rule=typical']"], "allow_lossy=true"),
         (["level=reel"], "quick, full, real, all"),
     ],
 )
 def test_what_is_wrong_is_one_line(run, monkeypatch, words: list[str], part: str) -> None:
     monkeypatch.setattr(certify_real, "load_target", lambda config: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(certify, "_enumerated", lambda config: pytest.fail("rules were certified"))
     status, _, out, err = run(*words, systems=["drafter=ngram"])
     assert status == 2 and out == "" and err.count("\n") == 1 and part in err, err
