@@ -73,8 +73,16 @@ def referee(
     base = params.with_seed()
     each = [replace(params, seed=derived_seed(base, i)) for i in range(len(prompts))]
     models = [TeacherForcing(target, 1), TeacherForcing(target, wide_chunk), TeacherForcing(judge, wide_chunk)]
-    common = [target.name, _name(target.dtype), _is_packed(target), _name(judge.dtype), wide_chunk, asdict(params)]
-    common += [base, [list(prompt) for prompt in prompts], dict(plain.labels), plain.engine.max_batch_size]
+    common = [
+        target.name,
+        _name(target.dtype),
+        _is_packed(target),
+        _name(judge.dtype),
+        wide_chunk,
+        asdict(params),
+        base,
+    ]
+    common += [dict(plain.labels), plain.engine.max_batch_size]
     kept = Kept(None if work_dir is None else Path(work_dir) / "judged.jsonl")
     rows = []
     try:
@@ -82,18 +90,26 @@ def referee(
             task = progress.add_task("texts judged", total=len(prompts) * len(subjects))
             wanted: list[list[int]] = []
             for number, indices in enumerate(_batches(plain.engine, len(prompts))):
-                key = fingerprint("plain", *common)
-                if kept.get(key, number) is None:
-                    results = plain.engine.generate([prompts[i] for i in indices], [each[i] for i in indices])
-                    kept.put(key, number, {"texts": [result.token_ids for result in results]})
-                wanted += kept.get(key, number)["texts"]  # type: ignore[index]
+                # A piece depends on its own prompts alone: more prompts later leave it as it is.
+                mine = [list(prompts[i]) for i in indices]
+                key = fingerprint("plain", *common, mine)
+                piece = kept.get(key, number)
+                if piece is None:
+                    results = plain.engine.generate(mine, [each[i] for i in indices])
+                    piece = {"texts": [result.token_ids for result in results]}
+                    kept.put(key, number, piece)
+                wanted += piece["texts"]
             for subject in subjects:
-                key = fingerprint("judged", *common, dict(subject.labels), subject.engine.max_batch_size)
                 judged: list[Judged] = []
                 for number, indices in enumerate(_batches(subject.engine, len(prompts))):
+                    mine = [list(prompts[i]) for i in indices]
+                    size = subject.engine.max_batch_size
+                    key = fingerprint(
+                        "judged", *common, dict(subject.labels), size, mine, wanted[indices[0] : indices[-1] + 1]
+                    )
                     piece = kept.get(key, number)
                     if piece is None:
-                        results = subject.engine.generate([prompts[i] for i in indices], [each[i] for i in indices])
+                        results = subject.engine.generate(mine, [each[i] for i in indices])
                         fresh = [
                             judge_text(models, result.prompt_token_ids, result.token_ids, wanted[i], each[i])
                             for i, result in zip(indices, results, strict=True)

@@ -194,15 +194,14 @@ def test_resumed_equals_uninterrupted(tiny, tmp_path: Path) -> None:
     target = model(tiny, torch.bfloat16)
     judge, short = upcast(target), replace(NUCLEUS, max_new_tokens=16)
 
-    def judged(folder: str, batches: int) -> list[dict[str, object]]:
+    def judged(folder: str, batches: int, count: int = 8) -> list[dict[str, object]]:
         plainly, drafted = (
             StopsAfter(Verifier(target), max_batch_size=3),
             StopsAfter(Verifier(target), NGramDrafter(), TopK(8, 4, 2), max_batch_size=2),
         )
         drafted.batches, plainly.batches = batches, 3 if batches else 0
-        return referee(
-            target, judge, Subject(plainly, {}), [Subject(drafted, {})], PROMPTS, short, work_dir=tmp_path / folder
-        )
+        prompts, folder = PROMPTS[:count], tmp_path / folder
+        return referee(target, judge, Subject(plainly, {}), [Subject(drafted, {})], prompts, short, work_dir=folder)
 
     whole = judged("whole", 4)
     with pytest.raises(KeyboardInterrupt):
@@ -211,8 +210,10 @@ def test_resumed_equals_uninterrupted(tiny, tmp_path: Path) -> None:
     file = tmp_path / "parts" / "judged.jsonl"
     file.write_text(file.read_text()[:-100])
     assert judged("parts", 4) == whole
-    # Nothing is generated again.
+    # Nothing is generated again, and a start with fewer prompts is no loss.
     assert judged("parts", 0) == whole
+    judged("more", 3, count=6)
+    assert judged("more", 1) == whole
 
 
 @pytest.mark.real_model
