@@ -33,9 +33,9 @@ def law_table(rows: Seq[dict[str, Any]]) -> Table:
     """Systems whose texts were tested; the tokens needed are those after which the stated fault is found."""
     stated = rows[0]["alternative"]
     title = f"Texts against the target's law ({rows[0]['dtype']}); every test held to p >= {rows[0]['threshold']:.1e}"
-    table = _table(title, ["system", "T", "tokens", "max |z|", "min p", "passed", "finds share", "finds T"])
+    table = _table(title, ["system", "T", "tokens", "max |z|", "min p", "passed", "share", "T off"])
     table.caption = (
-        f"finds share, finds T: tokens after which a share of {stated['argmax']:.1%} greedy tokens, or a temperature off "
+        f"share, T off: tokens after which a share of {stated['argmax']:.1%} greedy tokens, or a temperature off "
         f"by {stated['temperature']:.1%}, is found with probability {rows[0]['power']:g}"
     )
     table.caption_justify = "left"
