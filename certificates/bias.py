@@ -70,18 +70,19 @@ def bias(
                     asdict(one),
                     [list(prompt) for prompt in prompts],
                 )
-                texts: list[dict[str, Any]] = []
+                texts, made_by = list[dict[str, Any]](), set[str]()
                 count = number = 0
                 while count < num_tokens:
                     batch = kept.get(key, number)
                     if batch is None:
-                        batch = {"texts": _texts(subject.engine, prompts, one, key, number)}
-                        kept.put(key, number, batch)
+                        batch = kept.put(key, number, {"texts": _texts(subject.engine, prompts, one, key, number)})
+                    made_by.add(batch["revision"])
                     texts += batch["texts"]
                     new = sum(text["num_tokens"] for text in batch["texts"])
                     count, number = count + new, number + 1
                     progress.update(task, advance=new)
-                rows.append({**subject.labels, **sampling_labels(one), **_measured(subject.engine, texts)})
+                measured = {**_measured(subject.engine, texts), "revisions": sorted(made_by)}
+                rows.append({**subject.labels, **sampling_labels(one), **measured})
     finally:
         kept.finish()
     return rows

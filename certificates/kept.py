@@ -13,11 +13,13 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from specdec.provenance import revision
 from specdec.tracking import JsonlTracker
 
 
 class Kept:
-    """Pieces by key and number in a file of lines; whoever opens the same file again finds those that were finished.
+    """Pieces by key and number in a file of lines; whoever opens the same file again finds those that were finished, each with
+    the `revision` of the code that made it.
 
     The folder is made where there is none; without a path pieces last as long as this object. Raises ValueError where the
     file cannot be written.
@@ -25,7 +27,8 @@ class Kept:
 
     def __init__(self, path: Path | None) -> None:
         self._known: dict[tuple[str, int], dict[str, Any]] = {}
-        self._tracker = None
+        self._tracker: JsonlTracker | None = None
+        self._revision = revision()
         if path is None:
             return
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -39,12 +42,13 @@ class Kept:
     def get(self, key: str, number: int) -> dict[str, Any] | None:
         return self._known.get((key, number))
 
-    def put(self, key: str, number: int, piece: dict[str, Any]) -> None:
-        """Written at once; numbers may be infinite, which Python's JSON reads back."""
-        row = {"key": key, "batch": number, **piece}
+    def put(self, key: str, number: int, piece: dict[str, Any]) -> dict[str, Any]:
+        """The piece as it is kept, written at once; numbers may be infinite, which Python's JSON reads back."""
+        row = {"key": key, "batch": number, "revision": self._revision, **piece}
         self._known[key, number] = row
         if self._tracker is not None:
             self._tracker.row(row)
+        return row
 
     def finish(self) -> None:
         if self._tracker is not None:

@@ -74,12 +74,13 @@ def run(
         with progress_bar() as progress:
             task = progress.add_task("tokens", total=num_tokens * len(pairs))
             for (subject, one), key in zip(pairs, keys, strict=True):
-                batches, sums, num_requests = list[Sums](), Sums.zero(), 0
+                batches, sums, num_requests, made_by = list[Sums](), Sums.zero(), 0, set[str]()
                 while sums.num_tokens < num_tokens:
                     batch = emitted.get(key, len(batches))
                     if batch is None:
-                        batch = _batch(forcing, subject.engine, prompts, one, key, len(batches), dtype)
-                        emitted.put(key, len(batches), batch)
+                        fresh = _batch(forcing, subject.engine, prompts, one, key, len(batches), dtype)
+                        batch = emitted.put(key, len(batches), fresh)
+                    made_by.add(batch["revision"])
                     batches.append(Sums.from_json(batch["sums"]))
                     sums += batches[-1]
                     num_requests += len(batch["requests"])
@@ -91,6 +92,7 @@ def run(
                     "num_tokens": sums.num_tokens,
                     "num_requests": num_requests,
                     "num_impossible": sums.num_impossible,
+                    "revisions": sorted(made_by),
                     "alpha": alpha,
                     "threshold": threshold,
                     "smallest_p": min(test.p_value for test in tests),

@@ -96,11 +96,10 @@ def referee(
                 piece = kept.get(key, number)
                 if piece is None:
                     results = plain.engine.generate(mine, [each[i] for i in indices])
-                    piece = {"texts": [result.token_ids for result in results]}
-                    kept.put(key, number, piece)
+                    piece = kept.put(key, number, {"texts": [result.token_ids for result in results]})
                 wanted += piece["texts"]
             for subject in subjects:
-                judged: list[Judged] = []
+                judged, made_by = list[Judged](), set[str]()
                 for number, indices in enumerate(_batches(subject.engine, len(prompts))):
                     mine = [list(prompts[i]) for i in indices]
                     size = subject.engine.max_batch_size
@@ -114,11 +113,13 @@ def referee(
                             judge_text(models, result.prompt_token_ids, result.token_ids, wanted[i], each[i])
                             for i, result in zip(indices, results, strict=True)
                         ]
-                        piece = {"judged": [one.to_json() for one in fresh]}
-                        kept.put(key, number, piece)
+                        piece = kept.put(key, number, {"judged": [one.to_json() for one in fresh]})
+                    made_by.add(piece["revision"])
                     judged += [Judged.from_json(one) for one in piece["judged"]]
                     progress.update(task, advance=len(indices))
-                rows.append({**subject.labels, **_row(judged, target, judge, params, multiple)})
+                rows.append(
+                    {**subject.labels, **_row(judged, target, judge, params, multiple), "revisions": sorted(made_by)}
+                )
     finally:
         kept.finish()
     return rows

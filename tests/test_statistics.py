@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from unittest.mock import patch
@@ -348,7 +349,11 @@ def test_resumed_equals_uninterrupted(target, draft, tmp_path: Path) -> None:
     # Nothing is generated again, and more tokens go on from there.
     assert run(target, [subject(0)], PROMPTS, [WARM], 2500, tmp_path / "parts") == whole
     (more,) = run(target, [subject(100)], PROMPTS, [WARM], 3500, tmp_path / "parts")
-    assert more["num_tokens"] >= 3500
+    assert more["num_tokens"] >= 3500 and len(more["revisions"]) == 1
+    # Batches that other code has made are told.
+    file.write_text(re.sub(r'"revision": "[^"]*"', '"revision": "before"', file.read_text(), count=1))
+    (mixed,) = run(target, [subject(0)], PROMPTS, [WARM], 2500, tmp_path / "parts")
+    assert set(mixed["revisions"]) == {"before", *more["revisions"]}
 
 
 def test_what_cannot_be_tested_is_refused(target, tmp_path: Path) -> None:
