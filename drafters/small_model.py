@@ -150,4 +150,5 @@ def fit_vocabulary(logits: Tensor, vocab_size: int) -> Tensor:
 
 def load(path: str, **options: object) -> SmallModelDrafter:
     """A drafter from a hub id, folder or GGUF file; options as in `specdec.loading.load_model`."""
-    return SmallModelDrafter(PagedModel.load(path, **options))
+    # How drafts round changes no text.
+    return SmallModelDrafter(PagedModel.load(path, **{"numerics": "fast", **options}))

@@ -8,6 +8,7 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -136,6 +137,8 @@ def _common_labels(config: AcceptanceConfig, target: PagedModel, chat: bool, par
         "num_repeats": config.num_repeats,
         "batch_size": 1,
         "dtype": str(target.dtype).removeprefix("torch."),
+        "numerics": target.numerics,
+        "num_threads": torch.get_num_threads(),
         "device": device_name(target.device),
     }
 

@@ -8,6 +8,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -43,7 +44,7 @@ def run(config: BenchmarkConfig, command: str) -> int:
     texts = wrap(read_prompts(config.prompt_file, config.prompt_field, config.limit), config.template)
     params = _check_params(config)
     check_chat(config.chat)
-    systems = {overrides: system_config(overrides, config) for overrides in config.systems}
+    systems = {overrides: system_config(overrides, config.target, config.draft) for overrides in config.systems}
     tracker: Tracker = build(config.tracking)
     Path(config.work_dir).mkdir(parents=True, exist_ok=True)
     raw = Measurements(Path(config.work_dir) / "raw.jsonl")
@@ -58,7 +59,7 @@ def run(config: BenchmarkConfig, command: str) -> int:
             for name, one in {"specdec plain": plain_system(), **loaded}.items()
         ]
         # transformers runs the weights in their plain layout, as it does for everybody.
-        theirs = load_target(replace(config.target, packed=False, self_check=False))
+        theirs = load_target(replace(config.target, packed=False, self_check=False, numerics="fast"))
         contenders += transformers_contenders(theirs, config.draft, config.target)
         common = _common_labels(config, target, chat, params)
         decoded = _measure(contenders, prompts, params, raw, common)
@@ -102,6 +103,8 @@ def _common_labels(config: BenchmarkConfig, target: PagedModel, chat: bool, para
         "ignore_eos": params.ignore_eos,
         "batch_size": 1,
         "dtype": str(target.dtype).removeprefix("torch."),
+        "numerics": target.numerics,
+        "num_threads": torch.get_num_threads(),
         "device": device_name(target.device),
     }
 

@@ -6,6 +6,7 @@ import sys
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -82,6 +83,8 @@ class _Session:
             "temperature": config.sampling.temperature,
             "batch_size": min(config.engine.max_batch_size, len(prompts)),
             "dtype": str(target.dtype).removeprefix("torch."),
+            "numerics": target.numerics,
+            "num_threads": torch.get_num_threads(),
             "device": device_name(target.device),
             "chat": chat,
         }

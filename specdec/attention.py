@@ -22,11 +22,13 @@ class UnsupportedModelError(ValueError):
 class TreeContext:
     """Travels as the keyword `tree_context` from `PagedModel.forward` to every attention layer.
 
-    Without a cache it only records the K/V shape of each layer that asks (`shapes`), which is how a model is measured.
+    `is_invariant` asks for attention whose bits depend on a token's own path alone. Without a cache the context only
+    records the K/V shape of each layer that asks (`shapes`), which is how a model is measured.
     """
 
     plan: AttentionPlan
     cache: KVCache | None
+    is_invariant: bool = False
     shapes: dict[int, LayerShape] = field(default_factory=dict)
 
 
@@ -74,5 +76,6 @@ def paged_attention(
         window=sliding_window,
         softcap=softcap,
         sinks_H=s_aux,
+        is_invariant=tree_context.is_invariant,
     )
     return out_THE[None], None

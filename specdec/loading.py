@@ -44,19 +44,25 @@ def load_model(
     device: str | torch.device = "auto",
     self_check: bool = True,
     packed: bool = True,
+    numerics: str = "auto",
 ) -> PagedModel:
     """A model over pages, with its tokenizer where there is one, from a hub id, a folder or a *.gguf file.
 
     `gguf_file` names the GGUF file in the folder or hub repository; its weights are dequantized. `dtype` is auto,
     bfloat16, float16 or float32 (auto: the checkpoint's own; a GGUF has none: bfloat16), `device` auto (CUDA where there
     is one) or a torch device. `self_check` proves once per architecture that its attention over pages is exact.
-    `packed` puts bfloat16 weights on the CPU in a faster layout, see `PagedModel.pack`.
+    `packed` puts bfloat16 weights on the CPU in a faster layout, see `PagedModel.pack`. `numerics` is fast, invariant (see
+    `specdec.invariance`) or auto: invariant where that can be.
     Raises FileNotFoundError or ValueError, in one line, for anything that cannot be loaded; UnsupportedModelError (a
     ValueError) for a model that would not be exact.
     """
     place = _device(device)
     if dtype != "auto" and dtype not in _DTYPES:
         raise ValueError(f"dtype {dtype!r} is unknown; use auto, {', '.join(_DTYPES)}")
+    if numerics not in ("auto", "fast", "invariant"):
+        raise ValueError(f"numerics {numerics!r} is unknown; use auto, fast or invariant")
+    if numerics == "invariant" and not packed:
+        raise ValueError("numerics=invariant needs packed weights: leave out packed=False, or use numerics=fast")
     source, file = _locate(os.fspath(path), gguf_file)
     name = source if not Path(source).exists() else Path(file).stem if file else Path(source).resolve().name
     where = os.path.join(source, file) if file else source
@@ -91,6 +97,14 @@ def load_model(
         check(paged)
     if packed:
         paged.pack()
+    if numerics != "fast" and packed:
+        from specdec.invariance import make_invariant
+
+        try:
+            make_invariant(paged)
+        except UnsupportedModelError:
+            if numerics == "invariant":
+                raise
     return paged
 
 

@@ -15,7 +15,7 @@ from specdec.attention import ATTENTION_NAME, TreeContext, UnsupportedModelError
 from specdec.interfaces import ForwardResult
 from specdec.kernels.tree_attention import AttentionPlan, SequencePlan
 from specdec.kv_cache import KVCache, LayerShape
-from specdec.packing import can_pack, pack_linears
+from specdec.packing import can_pack, pack_linears, set_invariant
 from specdec.pages import PagePool, PageTable
 
 
@@ -55,6 +55,7 @@ class PagedModel:
         self.num_layers: int = config.num_hidden_layers
         self.hidden_size: int = config.hidden_size
         self.max_positions = _position_limit(config)
+        self.numerics = "fast"
         self._takes_rows = "logits_to_keep" in inspect.signature(type(model).forward).parameters
         try:
             model.set_attn_implementation(ATTENTION_NAME)
@@ -80,6 +81,12 @@ class PagedModel:
         if can_pack(self.device, self.dtype):
             pack_linears(self.model, self._measure)
             self._measure()
+
+    def set_numerics(self, numerics: str) -> None:
+        """fast, or invariant: a token's logits depend on its own path alone, to the last bit, not on the tree, chunk, batch or
+        pages around it. `specdec.invariance.make_invariant` also checks it."""
+        set_invariant(self.model, numerics == "invariant")
+        self.numerics = numerics
 
     @property
     def device(self) -> torch.device:
@@ -125,7 +132,7 @@ class PagedModel:
         """
         tokens = torch.cat([segment.token_ids_Q for segment in segments])
         positions = torch.cat([segment.positions_Q for segment in segments])
-        context = TreeContext(plan_attention(segments, self.device), cache)
+        context = TreeContext(plan_attention(segments, self.device), cache, self.numerics == "invariant")
         rows = torch.arange(len(tokens), device=self.device) if wanted_rows is None else wanted_rows
         return self._run(tokens, positions, context, rows, tuple(hidden_layers))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
@@ -9,6 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+# oneDNN's kernel for up to this many rows gives each row the same bits wherever it stands; larger ones block otherwise.
+MAX_ROWS = 32
+_NUM_COMPARED = 300_000
 
 
 def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
@@ -31,19 +36,33 @@ def pack_linears(model: nn.Module, run: Callable[[], object]) -> int:
     return sum(isinstance(module, PackedLinear) for module in model.modules())
 
 
+def set_invariant(model: nn.Module, is_invariant: bool) -> None:
+    """Whether every packed layer gives a row of its input the same bits whatever rows are beside it.
+
+    Products of more than `MAX_ROWS` rows then go in pieces. How many there must be is measured per shape; fewer are filled
+    up with zeros.
+    """
+    least: dict[tuple[int, int], int] = {}
+    for product in dict.fromkeys(module.product for module in model.modules() if isinstance(module, PackedLinear)):
+        shape = product.in_features, sum(product.sizes)
+        if is_invariant and shape not in least:
+            least[shape] = product.fewest_stable_rows()
+        product.min_rows = least[shape] if is_invariant else None
+
+
 class PackedLinear(nn.Module):
     """One linear layer of a shared product; its weight cannot be read back."""
 
     def __init__(self, product: _SharedProduct, index: int) -> None:
         super().__init__()
         self.in_features, self.out_features = product.in_features, product.sizes[index]
-        self._product, self._index = product, index
+        self.product, self._index = product, index
 
     def forward(self, input: Tensor) -> Tensor:
-        return self._product.output(input, self._index)
+        return self.product.output(input, self._index)
 
     def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}, shared_by={len(self._product.sizes)}"
+        return f"in_features={self.in_features}, out_features={self.out_features}, shared_by={len(self.product.sizes)}"
 
 
 class _SharedProduct:
@@ -57,6 +76,8 @@ class _SharedProduct:
         weights: list[Tensor] = [linear.weight for linear in linears]
         weight = weights[0] if len(weights) == 1 else torch.cat(weights)
         self._weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), None)
+        # None: as fast as it goes; else what `set_invariant` found.
+        self.min_rows: int | None = None
         self._input: Tensor | None = None
         self._outputs: tuple[Tensor, ...] = ()
 
@@ -70,7 +91,39 @@ class _SharedProduct:
             self._input, self._outputs = None, ()
         return out
 
+    def fewest_stable_rows(self) -> int:
+        """The least number of rows from which on a row's bits do not depend on how many there are.
+
+        Differences are rare, for rounding to bfloat16 hides most: so many numbers are compared that one in 10^5 is found.
+        """
+        generator = torch.Generator().manual_seed(0)
+        trials = -(-_NUM_COMPARED // (MAX_ROWS * sum(self.sizes)))
+        batches = torch.randn(trials, MAX_ROWS, self.in_features, generator=generator).to(torch.bfloat16)
+        wanted = [self._run(rows) for rows in batches]
+        least = MAX_ROWS
+        for count in (24, 16, 8, 4, 2, 1):
+            pieces = [slice(at, at + count) for at in range(0, MAX_ROWS - count + 1, count)]
+            if any(
+                not torch.equal(self._run(rows[piece]), all_rows[piece])
+                for rows, all_rows in zip(batches, wanted, strict=True)
+                for piece in pieces
+            ):
+                break
+            least = count
+        return least
+
     def _multiply(self, input: Tensor) -> Tensor:
+        count = math.prod(input.shape[:-1])
+        if self.min_rows is None or self.min_rows <= count <= MAX_ROWS:
+            return self._run(input)
+        rows = input.flatten(0, -2)
+        if count < self.min_rows:
+            out = self._run(nn.functional.pad(rows, (0, 0, 0, self.min_rows - count)))[:count]
+        else:
+            out = torch.cat([self._run(piece) for piece in rows.tensor_split(-(-count // MAX_ROWS))])
+        return out.view(*input.shape[:-1], out.shape[-1])
+
+    def _run(self, input: Tensor) -> Tensor:
         return torch.ops.mkldnn._linear_pointwise(input, self._weight, self._bias, "none", [], "")
 
 

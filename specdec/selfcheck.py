@@ -2,30 +2,24 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
 
 import torch
-import transformers
 from torch import Tensor
 from transformers import PreTrainedModel
 
-import specdec
 from specdec.attention import ATTENTION_NAME, UnsupportedModelError
-from specdec.kernels import tree_attention
 from specdec.model import PagedModel, Segment
 from specdec.pages import PagePool, PageTable
+from specdec.passed import record_of, remember
 from specdec.reduction import SEED, attention_reaches, reduced_copies
 from specdec.tree import TokenTree
 
 # In units of the logits' standard deviation. Float32 rounding stays near 1e-5 (Gemma-3n: 1e-3); every fault that the
 # tests plant is above 0.3.
 TOLERANCE = 3e-4
+_SOURCES = ("attention", "kv_cache", "model", "reduction", "selfcheck")
 _PROMPT_LENS = (17, 9)
 _TREES = ([-1, 0, 0, 0, 1, 1, 2, 4, 4, 7], [-1, 0, 1, 1, 2, 0, 5, 6])
 _ACCEPTED = [0, 1, 5]
@@ -40,7 +34,7 @@ def self_check(model: PagedModel) -> None:
     transformers runs every node's own path. Where no copy can be made the loaded model itself is compared, within the
     noise between its own attention functions. Raises UnsupportedModelError on a deviation, or if nothing can be compared.
     """
-    record = _record_of(model)
+    record = record_of(model, "self_check", _SOURCES)
     if record is not None and record.is_file():
         return
     copies = iter(reduced_copies(model.model))
@@ -50,8 +44,7 @@ def self_check(model: PagedModel) -> None:
             _check_itself(model)
         else:
             _check_copy(model, copied)
-    if record is not None:
-        _remember(record, model)
+    remember(record, model)
 
 
 def _check_copy(model: PagedModel, small: PreTrainedModel) -> None:
@@ -217,34 +210,3 @@ def _exact_and_alone() -> Iterator[None]:
     finally:
         torch.set_num_threads(threads)
         torch.set_float32_matmul_precision(precision)
-
-
-def _record_of(model: PagedModel) -> Path | None:
-    """The file that records a pass, named by everything the outcome depends on; None where there is no cache folder."""
-    config = model.model.config.to_dict()
-    for name in ("_name_or_path", "name_or_path", "transformers_version"):
-        config.pop(name, None)
-    kernel = sorted(Path(tree_attention.__file__).parent.glob("*.py"))
-    core = [
-        Path(__file__).with_name(f"{name}.py") for name in ("attention", "kv_cache", "model", "reduction", "selfcheck")
-    ]
-    sources = [hashlib.sha256(path.read_bytes()).hexdigest() for path in (*core, *kernel)]
-    versions = [torch.__version__, transformers.__version__, specdec.__version__]
-    place = torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else model.device.type
-    key = [config, f"{type(model.model).__module__}.{type(model.model).__qualname__}", versions, sources, place]
-    digest = hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()
-    try:
-        folder = os.environ.get("SPECDEC_CACHE") or os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    except RuntimeError:
-        return None
-    base = Path(folder) if os.environ.get("SPECDEC_CACHE") else Path(folder) / "specdec"
-    return base / "self_check" / f"{digest[:32]}.json"
-
-
-def _remember(record: Path, model: PagedModel) -> None:
-    """Written whole or not at all; a folder that cannot be written costs a check next time."""
-    with suppress(OSError):
-        record.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=record.parent, suffix=".tmp", delete=False) as file:
-            json.dump({"model": model.name, "class": type(model.model).__qualname__}, file)
-        os.replace(file.name, record)

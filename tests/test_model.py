@@ -51,16 +51,20 @@ class Scenario:
 
     model: PagedModel
     draw: random.Random
+    prompt_lens: tuple[int, ...] = (8, 14)
+    max_chunk: int = 6
     paths: list[tuple[int, ...]] = field(default_factory=list)
     logits: list[Tensor] = field(default_factory=list)
     num_commits: int = 0
     num_mixed: int = 0
 
     def run(self, rounds: int) -> None:
-        pool = PagePool(100, page_size=4)
+        pool = PagePool(300, page_size=4)
         cache = self.model.new_cache(pool)
         poison(cache, range(pool.num_pages * 4))
-        self.rows = [Row(PageTable(pool), self.new_tokens(count)) for count in (8, 14, self.draw.randrange(20, 35))]
+        self.rows = [
+            Row(PageTable(pool), self.new_tokens(count)) for count in (*self.prompt_lens, self.draw.randrange(20, 35))
+        ]
         for _ in range(rounds):
             self.one_round(cache)
         assert any(row.table.first_slot is None for row in self.rows)
@@ -86,7 +90,7 @@ class Scenario:
 
     def chunk(self, row: Row) -> tuple[Segment, list[tuple[int, ...]], None]:
         start = row.num_computed
-        stop = self.draw.randrange(start + 1, min(start + 7, len(row.tokens)))
+        stop = self.draw.randrange(start + 1, min(start + 1 + self.max_chunk, len(row.tokens)))
         row.table.reserve(stop, start)
         row.num_computed = stop
         paths = [tuple(row.tokens[: i + 1]) for i in range(start, stop)]

@@ -53,7 +53,7 @@ def test_a_packed_model_computes_what_the_plain_one_does(architecture):
 def test_layers_that_read_one_input_share_a_product(architecture, shared):
     model = PagedModel(make_tiny(architecture=architecture, **ARCHITECTURES[architecture]).bfloat16())
     model.pack()
-    sizes = {name.rsplit(".", 1)[-1]: len(m._product.sizes) for name, m in linears(model, PackedLinear).items()}
+    sizes = {name.rsplit(".", 1)[-1]: len(m.product.sizes) for name, m in linears(model, PackedLinear).items()}
     if shared == 3:
         projections = {name: sizes[name] for name in ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "down_proj")}
         assert projections == {"q_proj": 3, "k_proj": 3, "v_proj": 3, "o_proj": 1, "gate_proj": 2, "down_proj": 1}
@@ -87,7 +87,7 @@ def test_only_layers_with_one_input_and_like_biases_are_joined():
     packed = copy.deepcopy(plain)
     x = torch.randn(4, 8).bfloat16()
     assert pack_linears(packed, lambda: packed(x[:1])) == 6
-    assert all(len(m._product.sizes) == 1 for m in packed.modules() if isinstance(m, PackedLinear))
+    assert all(len(m.product.sizes) == 1 for m in packed.modules() if isinstance(m, PackedLinear))
     assert type(packed.also_tied) is nn.Linear
     for batch in (x[:1], x, x[:2]):
         torch.testing.assert_close(packed(batch).float(), plain(batch).float(), rtol=0.02, atol=0.02)
@@ -109,7 +109,7 @@ def test_two_inputs_in_turn_do_not_meet_in_a_shared_product():
     packed = copy.deepcopy(plain)
     x, y = torch.randn(2, 4, 8).bfloat16()
     pack_linears(packed, lambda: packed(x, x))
-    assert packed.left._product is packed.right._product
+    assert packed.left.product is packed.right.product
     for pair in ((x, x), (x, y), (y, x)):
         torch.testing.assert_close(packed(*pair).float(), plain(*pair).float(), rtol=0.02, atol=0.02)
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from conftest import make_tiny
 
-from specdec import attention, reduction, selfcheck
+from specdec import attention, passed, reduction, selfcheck
 from specdec.attention import UnsupportedModelError
 from specdec.kernels.tree_attention import SequencePlan
 from specdec.kernels.tree_attention import reference as kernel
@@ -216,17 +217,23 @@ def test_a_pass_is_remembered_until_something_changes(cache_folder, monkeypatch)
     assert not checked
     self_check(make_model(rms_norm_eps=1e-3))
     assert len(checked) == 1
-    monkeypatch.setattr(selfcheck.transformers, "__version__", "9.9")
+    monkeypatch.setattr(passed.transformers, "__version__", "9.9")
     self_check(make_model())
     assert len(checked) == 2
     assert not list(cache_folder.rglob("*.tmp"))
 
 
+def a_record() -> Path:
+    record = passed.record_of(make_model(), "self_check", ["attention"])
+    assert record is not None
+    return record
+
+
 def test_an_edited_kernel_is_checked_again(monkeypatch):
-    first = selfcheck._record_of(make_model())
-    read = selfcheck.Path.read_bytes
-    monkeypatch.setattr(selfcheck.Path, "read_bytes", lambda path: read(path) + b"#" * (path.name == "reference.py"))
-    assert selfcheck._record_of(make_model()) != first
+    first = a_record()
+    read = passed.Path.read_bytes
+    monkeypatch.setattr(passed.Path, "read_bytes", lambda path: read(path) + b"#" * (path.name == "reference.py"))
+    assert a_record() != first
 
 
 def test_an_unwritable_cache_is_no_error(tmp_path, monkeypatch):
@@ -238,7 +245,7 @@ def test_an_unwritable_cache_is_no_error(tmp_path, monkeypatch):
 def test_the_cache_folder_follows_the_desktop_standard(tmp_path, monkeypatch):
     monkeypatch.delenv("SPECDEC_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert selfcheck._record_of(make_model()).is_relative_to(tmp_path / "specdec")
+    assert a_record().is_relative_to(tmp_path / "specdec")
 
 
 @pytest.fixture

@@ -190,3 +190,32 @@ def test_shapes_that_do_not_fit_are_refused():
         tree_attention(case.query_THE[:, :3], case.keys_SGE, case.values_SGE, case.plan, scaling=1.0)
     with pytest.raises(ValueError, match="1 query rows"):
         tree_attention(case.query_THE[:1], case.keys_SGE, case.values_SGE, case.plan, scaling=1.0)
+
+
+INVARIANT = [(1, 1, 0), (1, None, 150), (9, 9, 61), (3, 11, 64), (70, None, 63), (2, 5, 0), (40, 40, 130)]
+
+
+@pytest.mark.parametrize("contiguous", [True, False])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"window": 5}, {"window": 70}, {"sinks_H": torch.linspace(-2, 3, 6)}, {"window": 3, "sinks_H": torch.ones(6)}],
+    ids=lambda options: "-".join(options) or "plain",
+)
+@pytest.mark.parametrize("shape", [(6, 2, 16, 16), (6, 6, 24, 24), (6, 1, 64, 64)])
+def test_invariant_attention_is_near(shape, options, contiguous):
+    case = make_case(shape, INVARIANT, contiguous, torch.bfloat16, seed=6)
+    arguments = case.query_THE, case.keys_SGE, case.values_SGE, case.plan
+    found = tree_attention(*arguments, scaling=0.25, is_invariant=True, **options)
+    # Each tile's result is rounded to 8 bits before they are merged: the error is absolute.
+    torch.testing.assert_close(found, naive_attention(case, 0.25, **options).bfloat16(), rtol=0.016, atol=2**-6)
+
+
+def test_invariant_attention_refuses_what_it_does_not_do():
+    case = make_case((4, 2, 4, 4), [(2, None, 3)], True, torch.float32)
+    arguments = case.query_THE, case.keys_SGE, case.values_SGE, case.plan
+    with pytest.raises(ValueError, match=r"bfloat16 on the CPU without softcap, not torch.float32 on cpu$"):
+        tree_attention(*arguments, scaling=1.0, is_invariant=True)
+    case = make_case((4, 2, 4, 4), [(2, None, 3)], True, torch.bfloat16)
+    arguments = case.query_THE, case.keys_SGE, case.values_SGE, case.plan
+    with pytest.raises(ValueError, match=r"softcap 2.0"):
+        tree_attention(*arguments, scaling=1.0, is_invariant=True, softcap=2.0)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from specdec.kernels.tree_attention.invariant import PathTiles, path_tiles, tree_attention_invariant
 from specdec.kernels.tree_attention.reference import tree_attention_reference
 
 
@@ -27,6 +28,7 @@ class SequencePlan:
     first_slot: int | None
     slots: Tensor | None
     _masks: dict[int | None, Tensor | None] = field(default_factory=dict)
+    _tiles: dict[tuple[int | None, int], PathTiles] = field(default_factory=dict)
 
     @property
     def num_keys(self) -> int:
@@ -37,6 +39,13 @@ class SequencePlan:
         if window not in self._masks:
             self._masks[window] = self._build_mask(window)
         return self._masks[window]
+
+    def tiles(self, window: int | None, num_heads_per_group: int, dtype: torch.dtype) -> PathTiles:
+        """The keys of every query's path in tiles of positions; see `invariant.py`."""
+        key = window, num_heads_per_group
+        if key not in self._tiles:
+            self._tiles[key] = path_tiles(self, window, num_heads_per_group, dtype)
+        return self._tiles[key]
 
     def _build_mask(self, window: int | None) -> Tensor | None:
         rows, tail = self.num_queries, self.tail_positions_M.shape[0]
@@ -75,17 +84,28 @@ def tree_attention(
     window: int | None = None,
     softcap: float | None = None,
     sinks_H: Tensor | None = None,
+    is_invariant: bool = False,
 ) -> Tensor:
     """Attention of packed queries over each sequence's own slots; returns [T, H, E_v].
 
     H must be a multiple of the cache's G kv heads (grouped-query attention). `window` counts positions including the
     query's own, `softcap` bounds scores by softcap * tanh(score / softcap), `sinks_H` adds one logit per head to the
-    softmax's denominator. Raises ValueError for shapes that do not fit.
+    softmax's denominator. `is_invariant` makes a token's bits depend on its own path alone (bfloat16 on the CPU, no
+    softcap). Raises ValueError for shapes that do not fit, and for what the invariant kernel does not do.
     """
     if query_THE.shape[1] % key_cache_SGE.shape[1]:
         raise ValueError(f"{query_THE.shape[1]} query heads are not a multiple of {key_cache_SGE.shape[1]} kv heads")
     if query_THE.shape[0] != sum(part.num_queries for part in plan.sequences):
         raise ValueError(f"{query_THE.shape[0]} query rows do not match the plan's")
+    if is_invariant:
+        if softcap is not None or query_THE.dtype != torch.bfloat16 or query_THE.device.type != "cpu":
+            raise ValueError(
+                f"invariant attention is for bfloat16 on the CPU without softcap, not {query_THE.dtype} on "
+                f"{query_THE.device.type}{'' if softcap is None else f' with softcap {softcap}'}"
+            )
+        return tree_attention_invariant(
+            query_THE, key_cache_SGE, value_cache_SGE, plan.sequences, scaling, window, sinks_H
+        )
     return tree_attention_reference(
         query_THE, key_cache_SGE, value_cache_SGE, plan.sequences, scaling, window, softcap, sinks_H
     )
