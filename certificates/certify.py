@@ -32,11 +32,12 @@ FAULTS = (KeyReusedError, NotALawError, BatchDependentError, WrongContextError)
 @dataclass(frozen=True)
 class Certificate:
     """What was found: the largest error of each check, and the mean over `TYPICAL_LAWS` of the tokens expected of a round
-    (the extra one included) beside the most that any lossless rule could reach on the same drafts.
+    (the extra one included) beside the most that any lossless rule could reach on the same drafts. `total_variation` is that
+    of a round's joint law, the largest over all cases: what a LOSSY rule does to the law in small worlds.
 
     A check that a fault cut short (a number used twice, a choice without a law, a row that depends on its batch mates) has an
-    infinite error, and `faults` says why; without `round` there is no expected length. `optimum` is NaN where it was not asked
-    for.
+    infinite error, and `faults` says why; without `round` there is no expected length and no variation. `optimum` is NaN where
+    it was not asked for.
     """
 
     rule: str
@@ -45,6 +46,7 @@ class Certificate:
     faults: dict[str, str] = field(default_factory=dict)
     expected_accepted: float = math.nan
     optimum: float = math.nan
+    total_variation: float = math.nan
 
     @property
     def max_error(self) -> float:
@@ -77,12 +79,14 @@ def certify(
     cases = ragged_cases(world, policy.max_depth)
     laws: list[dict[TokenSpan, float]] = []
 
+    def worst(measure: Callable[[int, int, dict[TokenSpan, float], int], float]) -> float:
+        return max(
+            measure(case.kind, case.state, law, policy.max_depth + 1) for case, law in zip(cases, laws, strict=True)
+        )
+
     def round_error() -> float:
         laws.extend(round_laws(policy, rule, world, cases))
-        return max(
-            world.continued_error(case.kind, case.state, law, policy.max_depth + 1)
-            for case, law in zip(cases, laws, strict=True)
-        )
+        return worst(world.continued_error)
 
     checks: dict[str, Callable[[], float]] = {"round": round_error, "pair": lambda: _pair_error(rule, policy)}
     if generations:
@@ -96,7 +100,8 @@ def certify(
         except FAULTS as fault:
             errors[name], faults[name] = math.inf, f"{type(fault).__name__}: {fault}"
     best = best_length(policy, vocab_size) if with_optimum else math.nan
-    return Certificate(rule.name, rule.lossless, errors, faults, _expected(world, policy, cases, laws), best)
+    variation = worst(world.continued_variation) if laws else math.nan
+    return Certificate(rule.name, rule.lossless, errors, faults, _expected(world, policy, cases, laws), best, variation)
 
 
 def best_length(policy: GrowingPolicy, vocab_size: int = 3) -> float:

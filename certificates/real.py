@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-import json
+import sys
 from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import asdict, dataclass, replace
@@ -12,16 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from specdec.certificates.alarms import false_alarms
 from specdec.certificates.forcing import TeacherForcing
+from specdec.certificates.kept import Kept, derived_seed, fingerprint, progress_bar
 from specdec.certificates.scores import ScoredLaws, Steps, uniforms
-from specdec.certificates.statistics import MIN_TOKENS, TESTS, Alternative, Sums, evaluate
+from specdec.certificates.statistics import MIN_TOKENS, TESTS, Alternative, Outcome, Sums, evaluate
 from specdec.engine import Engine
 from specdec.model import PagedModel
 from specdec.sampling import SamplingParams
-from specdec.tracking import JsonlTracker
 
 
 @dataclass(frozen=True)
@@ -51,8 +48,10 @@ def run(
     the number of all tests (Bonferroni). `prompts` are token ids, taken in turn, every request with a seed of its own.
     `target` teacher-forces; it may be another copy of the engines' model, `dtype` is that of its laws. Batches go to
     emitted.jsonl in `work_dir` with their sums as they end: a later run with the same arguments, or more tokens, goes on
-    from there and gives the rows that an uninterrupted run gives. Raises ValueError for temperature 0 (one-hot laws have
-    no statistics: see `referee`), for a missing seed, for too few tokens and for subjects with the same labels.
+    from there and gives the rows that an uninterrupted run gives. A row of plain decoding has `false_alarms`, see there; an
+    excess of them fails the row as well, with a probability of `alpha` of its own over all rows.
+    Raises ValueError for temperature 0 (one-hot laws have no statistics: see `referee`), for a missing seed, for too few
+    tokens and for subjects with the same labels.
     """
     if num_tokens < MIN_TOKENS:
         raise ValueError(f"num_tokens={num_tokens}: the statistics need at least {MIN_TOKENS}")
@@ -68,45 +67,48 @@ def run(
     if len(set(keys)) < len(keys):
         raise ValueError("two subjects have the same labels and sampling parameters")
     threshold = alpha / (len(TESTS) * len(pairs))
-    emitted = _Emitted(Path(work_dir) / "emitted.jsonl")
+    emitted = Kept(Path(work_dir) / "emitted.jsonl")
     forcing = TeacherForcing(target)
     rows = []
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     try:
-        with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        with progress_bar() as progress:
             task = progress.add_task("tokens", total=num_tokens * len(pairs))
             for (subject, one), key in zip(pairs, keys, strict=True):
-                sums, number, num_requests = Sums.zero(), 0, 0
+                batches, sums, num_requests, made_by = list[Sums](), Sums.zero(), 0, set[str]()
                 while sums.num_tokens < num_tokens:
-                    batch = emitted.get(key, number)
+                    batch = emitted.get(key, len(batches))
                     if batch is None:
-                        batch = _batch(forcing, subject.engine, prompts, one, key, number, dtype)
-                        emitted.put(key, number, batch)
-                    sums += Sums.from_json(batch["sums"])
+                        fresh = _batch(forcing, subject.engine, prompts, one, key, len(batches), dtype)
+                        batch = emitted.put(key, len(batches), fresh)
+                    made_by.add(batch["revision"])
+                    batches.append(Sums.from_json(batch["sums"]))
+                    sums += batches[-1]
                     num_requests += len(batch["requests"])
-                    number += 1
-                    progress.update(task, advance=batch["sums"]["num_tokens"])
+                    progress.update(task, advance=batches[-1].num_tokens)
                 tests = evaluate(sums, threshold, alternative or Alternative(), power, _has_cut(one))
-                rows.append(
-                    {
-                        **subject.labels,
-                        **_sampling_labels(one),
-                        "num_tokens": sums.num_tokens,
-                        "num_requests": num_requests,
-                        "num_impossible": sums.num_impossible,
-                        "alpha": alpha,
-                        "threshold": threshold,
-                        "power": power,
-                        "alternative": asdict(alternative or Alternative()),
-                        "tokens_needed": {
-                            name: _least(test.tokens_needed.get(name) for test in tests)
-                            for name in ("argmax", "temperature")
-                        },
-                        "tests": [{**asdict(test), "passed": test.p_value >= threshold} for test in tests],
-                        "passed": all(test.p_value >= threshold for test in tests),
-                    }
-                )
+                row = {
+                    **subject.labels,
+                    **sampling_labels(one),
+                    "num_tokens": sums.num_tokens,
+                    "num_requests": num_requests,
+                    "num_impossible": sums.num_impossible,
+                    "revisions": sorted(made_by),
+                    "alpha": alpha,
+                    "threshold": threshold,
+                    "smallest_p": min(test.p_value for test in tests),
+                    "power": power,
+                    "alternative": asdict(alternative or Alternative()),
+                    "tokens_needed": {
+                        name: _least(test.tokens_needed.get(name) for test in tests)
+                        for name in ("argmax", "temperature")
+                    },
+                    "tests": [_test_row(test, threshold) for test in tests],
+                    "passed": all(test.p_value >= threshold for test in tests),
+                }
+                if subject.engine.drafter is None:
+                    row["false_alarms"] = false_alarms(batches, _has_cut(one), alpha / len(pairs))
+                    row["passed"] = row["passed"] and row["false_alarms"]["passed"]
+                rows.append(row)
     finally:
         emitted.finish()
     return rows
@@ -126,12 +128,11 @@ def text_sums(
     steps: list[Steps] = []
     for first, _, laws_TV in forcing.laws(prompt, output, params, dtype):
         count, at = len(laws_TV), len(prompt) + first
-        seen = torch.zeros(size, dtype=torch.bool, device=device)
-        seen[text[:at]] = True
-        # Row t has seen what is before the chunk and the chunk's first t tokens.
-        chunk = torch.nn.functional.one_hot(text[at : at + count], size).cumsum(0).roll(1, 0)
-        chunk[0] = 0
-        scored = ScoredLaws(laws_TV, text[at - 1 : at + count - 1], seen | (chunk > 0))
+        seen_TV = torch.zeros(count, size, dtype=torch.bool, device=device)
+        seen_TV[:, text[:at]] = True
+        for t in range(1, count):
+            seen_TV[t:, text[at + t - 1]] = True
+        scored = ScoredLaws(laws_TV, text[at - 1 : at + count - 1], seen_TV)
         spread = uniforms(seed, range(first, first + count)).to(device)
         steps.append(scored.steps(torch.arange(count, device=device), text[at : at + count], spread))
     filler = float(uniforms(seed, range(len(output), len(output) + 1)))
@@ -167,46 +168,27 @@ def _batch(
     return {"requests": requests, "sums": total.to_json()}
 
 
-class _Emitted:
-    """Finished batches by key and number, kept from one process to the next."""
-
-    def __init__(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._tracker = JsonlTracker(path)
-        self._known: dict[tuple[str, int], dict[str, Any]] = {}
-        for line in path.read_text(encoding="utf-8").splitlines():
-            # A process that was killed may have left half a line; that batch is generated again.
-            with contextlib.suppress(json.JSONDecodeError):
-                row = json.loads(line)
-                self._known[row["key"], row["batch"]] = row
-        self.finish = self._tracker.finish
-
-    def get(self, key: str, number: int) -> dict[str, Any] | None:
-        return self._known.get((key, number))
-
-    def put(self, key: str, number: int, batch: dict[str, Any]) -> None:
-        self._tracker.row({"key": key, "batch": number, **batch})
-
-
-def derived_seed(*parts: object) -> int:
-    """A seed of its own for every list of parts."""
-    return int.from_bytes(hashlib.blake2b(json.dumps(parts).encode(), digest_size=8).digest(), "big") >> 1
-
-
 def _key(
     target: PagedModel, subject: Subject, params: SamplingParams, prompts: Seq[Seq[int]], dtype: torch.dtype
 ) -> str:
     texts = [list(prompt) for prompt in prompts]
     what = [target.name, str(target.dtype), str(dtype), dict(subject.labels), subject.engine.max_batch_size]
-    text = json.dumps([*what, asdict(params), texts], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return fingerprint(*what, asdict(params), texts)
 
 
-def _sampling_labels(params: SamplingParams) -> dict[str, Any]:
+def sampling_labels(params: SamplingParams) -> dict[str, Any]:
     """The temperature, and whatever else shapes the law."""
     values, defaults = asdict(params), asdict(SamplingParams())
+    # JSON has no infinity: a token that is forbidden gets the lowest number there is.
+    values["logit_bias"] = {token: max(bias, -sys.float_info.max) for token, bias in params.logit_bias.items()}
     shaping = ("top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "logit_bias")
     return {"temperature": params.temperature} | {k: values[k] for k in shaping if values[k] != defaults[k]}
+
+
+def _test_row(test: Outcome, threshold: float) -> dict[str, Any]:
+    # A score that the law leaves no chance and that differs all the same: JSON has no infinity.
+    statistic = min(max(test.statistic, -sys.float_info.max), sys.float_info.max)
+    return {**asdict(test), "statistic": statistic, "passed": test.p_value >= threshold}
 
 
 def _has_cut(params: SamplingParams) -> bool:

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
@@ -50,21 +50,27 @@ class World:
 
     def continued_error(self, kind: int, state: int, law: dict[TokenSpan, float], length: int) -> float:
         """The largest error of the joint law of `length` tokens, where the target's own law goes on behind each span."""
+        return max(abs(error) for error in self._continued_errors(kind, state, law, length))
+
+    def continued_variation(self, kind: int, state: int, law: dict[TokenSpan, float], length: int) -> float:
+        """The total variation of the same joint laws: the most by which the probability of any event differs."""
+        return sum(abs(error) for error in self._continued_errors(kind, state, law, length)) / 2
+
+    def _continued_errors(self, kind: int, state: int, law: dict[TokenSpan, float], length: int) -> Iterator[float]:
         mass: dict[TokenSpan, float] = {}
         for span, prob in law.items():
             mass[span[:length]] = mass.get(span[:length], 0.0) + prob
         following = self.next_CV.tolist()
 
-        def worst(prefix: TokenSpan, at: int, wanted: float, found: float) -> float:
+        def below(prefix: TokenSpan, at: int, wanted: float, found: float) -> Iterator[float]:
             if len(prefix) == length:
-                return abs(wanted - found)
-            errors = []
+                yield found - wanted
+                return
             for token, p in enumerate(self.target_KCV[kind, at].tolist()):
                 longer = (*prefix, token)
-                errors.append(worst(longer, following[at][token], wanted * p, found * p + mass.get(longer, 0.0)))
-            return max(errors)
+                yield from below(longer, following[at][token], wanted * p, found * p + mass.get(longer, 0.0))
 
-        return worst((), state, 1.0, 0.0)
+        return below((), state, 1.0, 0.0)
 
     def continued(self, kind: int, state: int, span: TokenSpan, length: int) -> dict[TokenSpan, float]:
         """The law of `length` tokens that begin with `span`, the target's own behind it."""

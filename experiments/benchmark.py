@@ -44,7 +44,7 @@ def run(config: BenchmarkConfig, command: str) -> int:
     texts = wrap(read_prompts(config.prompt_file, config.prompt_field, config.limit), config.template)
     params = _check_params(config)
     check_chat(config.chat)
-    systems = {overrides: system_config(overrides, config) for overrides in config.systems}
+    systems = {overrides: system_config(overrides, config.target, config.draft) for overrides in config.systems}
     tracker: Tracker = build(config.tracking)
     Path(config.work_dir).mkdir(parents=True, exist_ok=True)
     raw = Measurements(Path(config.work_dir) / "raw.jsonl")

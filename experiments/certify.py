@@ -1,4 +1,4 @@
-"""Prove the acceptance rules exact: enumerate the law of what they emit, and catch every known mistake."""
+"""Prove the acceptance rules exact by enumeration, catch every known mistake, and test the text of a real model."""
 
 from __future__ import annotations
 
@@ -10,11 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from matplotlib.figure import Figure
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-from rich.table import Table
 
 from specdec.certificates import Certificate, certify
 from specdec.certificates.catalogue import MUTANTS
@@ -24,6 +21,15 @@ from specdec.certificates.mutants import Mutant, mutated, verdict
 from specdec.config import CertifyConfig
 from specdec.drafters import Coupled, Mixed, Sampled, Static, TopK, chain
 from specdec.drafters.growth import GrowingPolicy
+from specdec.experiments.certify_real import RealParts
+from specdec.experiments.certify_report import (
+    alarms_table,
+    bias_table,
+    law_table,
+    numerics_table,
+    rules_picture,
+    rules_table,
+)
 from specdec.interfaces import AcceptanceRule
 from specdec.provenance import provenance
 from specdec.verifiers import RULES
@@ -45,22 +51,70 @@ FULL = QUICK | {
     "[2,1,1] mixed": Mixed([2, 1, 1]),
     "coupled 6": Coupled(total=6, depth=2, k=2),
 }
+LEVELS = ("quick", "full", "real", "all")
 # Beside worlds of three tokens, larger ones for policies that draw little enough; Gumbel noise needs three.
 WIDER = {"chain 2": 5, "top_k 6": 5, "static": 5, "chain 3 iid": 4, "[3] iid": 5}
 
 
 def run(config: CertifyConfig, command: str) -> int:
-    """Certifies every rule with every policy that it accepts, then plants the mutants; exit status 1 when not passed.
+    """Certifies every rule with every policy that it accepts and plants the mutants (levels quick, full, all), and tests the
+    texts of a real model (levels real, all); exit status 1 when not passed.
 
-    Raises ValueError for an unknown level or rule, before anything is run.
+    Raises ValueError for an unknown level or rule, or what is wrong with the real model's part, before anything is run.
     """
-    if config.level not in ("quick", "full"):
-        raise ValueError(f"level={config.level!r} is unknown; use quick or full")
+    if config.level not in LEVELS:
+        raise ValueError(f"level={config.level!r} is unknown; use {', '.join(LEVELS)}")
     for name in config.rules:
         if name not in RULES:
             raise ValueError(f"rules: {name!r} is no rule; known are {', '.join(sorted(RULES))}")
+    parts = RealParts.check(config, command) if config.level in ("real", "all") else None
+    rules, mutants = ([], []) if config.level == "real" else _enumerated(config)
+    real, numerics = list[dict[str, Any]](), dict[str, Any]()
+    if parts is not None:
+        try:
+            real, numerics = parts.rows(), parts.numerics()
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(f"what is finished is kept; go on with work_dir={config.work_dir}") from None
+    # A lossy rule's bias is measured, not judged.
+    judged = [*rules, *(row for row in real if row["lossless"]), *([numerics] if numerics else [])]
+    passed = all(row["passed"] for row in judged) and all(row["caught"] for row in mutants)
+    report = {
+        "experiment": "certify",
+        "level": config.level,
+        "tolerance": TOLERANCE,
+        "rules": rules,
+        "mutants": mutants,
+        "real": real,
+        "numerics": numerics,
+        "passed": passed,
+        **provenance(command),
+    }
+    output = Path(config.output)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    files = [config.output]
+    console = Console(markup=False, highlight=False)
+    if rules:
+        rules_picture(rules, output.with_suffix(".png"))
+        files.append(str(output.with_suffix(".png")))
+        console.print(rules_table(rules))
+        caught = sum(row["caught"] for row in mutants)
+        print(f"{caught} of {len(mutants)} mutants caught{_missed(mutants)}")
+    if real:
+        laws = [row for row in real if row["measured"] == "law"]
+        console.print(law_table(laws), alarms_table([row for row in laws if "false_alarms" in row]))
+        if biased := [row for row in real if row["measured"] == "bias"]:
+            console.print(bias_table(biased))
+        console.print(numerics_table(numerics))
+    print(f"{'passed' if passed else 'NOT PASSED'}: {', '.join(files)}", flush=True)
+    return 0 if passed else 1
+
+
+def _enumerated(config: CertifyConfig) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Rows of every rule with every policy that it accepts, and of every mutant."""
+    is_full = config.level in ("full", "all")
     names = list(config.rules) or list(RULES)
-    policies = FULL if config.level == "full" else QUICK
+    policies = FULL if is_full else QUICK
     pairs = [(rule, tree) for tree in policies for rule in names if RULES[rule]().accepts(policies[tree].spec) is None]
     rules, mutants = list[dict[str, Any]](), list[dict[str, Any]]()
     optima: dict[str, float] = {}
@@ -69,7 +123,7 @@ def run(config: CertifyConfig, command: str) -> int:
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task("rules", total=len(pairs))
         for rule, tree in pairs:
-            found = _certified(RULES[rule](), policies[tree], WIDER.get(tree), is_full=config.level == "full")
+            found = _certified(RULES[rule](), policies[tree], WIDER.get(tree), is_full)
             if tree not in optima:
                 optima[tree] = best_length(policies[tree])
             rules.append(_rule_row(found, tree, optima[tree]))
@@ -78,28 +132,7 @@ def run(config: CertifyConfig, command: str) -> int:
         for row in _mutant_rows():
             mutants.append(row)
             progress.update(task, advance=1, description=row["name"])
-    passed = all(row["passed"] for row in rules) and all(row["caught"] for row in mutants)
-    report = {
-        "experiment": "certify",
-        "level": config.level,
-        "tolerance": TOLERANCE,
-        "rules": rules,
-        "mutants": mutants,
-        "real": [],
-        "numerics": {},
-        "passed": passed,
-        **provenance(command),
-    }
-    output = Path(config.output)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    picture = output.with_suffix(".png")
-    _draw(rules, picture)
-    Console(markup=False, highlight=False).print(_table(rules))
-    caught = sum(row["caught"] for row in mutants)
-    print(f"{caught} of {len(mutants)} mutants caught{_missed(mutants)}")
-    print(f"{'passed' if passed else 'NOT PASSED'}: {config.output}, {picture}", flush=True)
-    return 0 if passed else 1
+    return rules, mutants
 
 
 def _certified(rule: AcceptanceRule, policy: GrowingPolicy, wider: int | None, is_full: bool) -> Certificate:
@@ -123,6 +156,7 @@ def _rule_row(found: Certificate, tree: str, optimum: float) -> dict[str, Any]:
         "max_error": _finite(found.max_error),
         "errors": {name: _finite(error) for name, error in found.errors.items()},
         "faults": found.faults,
+        "total_variation": _finite(found.total_variation),
         "expected_accepted": _finite(found.expected_accepted),
         "optimum": optimum,
         "passed": found.passed,
@@ -152,41 +186,6 @@ def _finite(value: float) -> float | None:
 def _missed(mutants: list[dict[str, Any]]) -> str:
     missed = [row["name"] for row in mutants if not row["caught"]]
     return f"; missed: {', '.join(missed)}" if missed else ""
-
-
-def _table(rows: list[dict[str, Any]]) -> Table:
-    title = "Error of the joint law, and expected tokens of a round"
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
-    # Where the terminal is narrow, the last column gives way.
-    for name, width in {"tree": 13, "rule": 15, "max error": 9, "expected": 8, "optimum": 7, "kind": None}.items():
-        table.add_column(name, no_wrap=True, min_width=width)
-    for row in rows:
-        state = " LOSSY" if not row["lossless"] else "" if row["passed"] else " WRONG"
-        lengths = ("-" if value is None else f"{value:.4f}" for value in (row["expected_accepted"], row["optimum"]))
-        error = "-" if row["max_error"] is None else f"{row['max_error']:.1e}"
-        table.add_row(row["tree"], row["rule"] + state, error, *lengths, row["kind"])
-    return table
-
-
-def _draw(rows: list[dict[str, Any]], path: Path) -> None:
-    """Expected tokens of a round per tree and rule, a line at the most that any lossless rule can reach."""
-    trees = list(dict.fromkeys(row["tree"] for row in rows))
-    names = [name for name in RULES if any(row["rule"] == name and row["lossless"] for row in rows)]
-    figure = Figure(figsize=(1.4 * len(trees) + 2, 4.5), layout="constrained")
-    axes = figure.subplots()
-    width = 0.8 / max(len(names), 1)
-    for i, name in enumerate(names):
-        of_rule = {row["tree"]: row["expected_accepted"] or 0.0 for row in rows if row["rule"] == name}
-        places = [at + (i - len(names) / 2 + 0.5) * width for at, tree in enumerate(trees) if tree in of_rule]
-        axes.bar(places, [of_rule[tree] for tree in trees if tree in of_rule], width, label=name)
-    for at, tree in enumerate(trees):
-        best = next(row["optimum"] for row in rows if row["tree"] == tree)
-        axes.hlines(best, at - 0.45, at + 0.45, colors="black", label="optimum" if at == 0 else "_")
-    axes.set_xticks(range(len(trees)), trees, rotation=20, ha="right")
-    axes.set_ylabel("expected tokens of a round")
-    axes.set_ylim(bottom=1)
-    axes.legend(ncols=4, fontsize="small", loc="lower center", bbox_to_anchor=(0.5, 1.0))
-    figure.savefig(path, dpi=120)
 
 
 if __name__ == "__main__":

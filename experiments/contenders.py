@@ -15,7 +15,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from specdec.attention import ATTENTION_NAME
 from specdec.cli import explain, quote_words
-from specdec.config import BenchmarkConfig, SystemConfig, TargetConfig, compose, to_typed
+from specdec.config import SystemConfig, TargetConfig, compose, to_typed
 from specdec.engine import Engine
 from specdec.experiments.measurement import Measurement, decode
 from specdec.experiments.system import model_name
@@ -121,10 +121,11 @@ def transformers_contenders(target: PagedModel, draft: str | None, config: Targe
     return found
 
 
-def system_config(overrides: str, config: BenchmarkConfig) -> SystemConfig:
-    """The system that an item of `systems` describes. Raises ValueError for what it must not hold."""
-    inherited = [f"target.dtype={config.target.dtype}", f"target.device={config.target.device}"]
-    inherited += [f"draft={config.draft}"] if config.draft is not None else []
+def system_config(overrides: str, target: TargetConfig, draft: str | None) -> SystemConfig:
+    """The system that an item of `systems` describes; its drafter takes dtype and device from the target. Raises ValueError for
+    what it must not hold."""
+    inherited = [f"target.dtype={target.dtype}", f"target.device={target.device}"]
+    inherited += [f"draft={draft}"] if draft is not None else []
     words = [*inherited, *shlex.split(overrides)]
     try:
         return to_typed(compose("contender", quote_words(words)))

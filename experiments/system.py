@@ -44,11 +44,9 @@ class System:
         )
 
 
-def load_system(config: SystemConfig) -> System:
-    """Builds rule and policy, sees that they fit, then loads the drafter.
-
-    Raises ValueError where the rule would not be exact for the policy's trees, before any model is loaded.
-    """
+def rule_and_policy(config: SystemConfig) -> tuple[AcceptanceRule, TreePolicy | None]:
+    """The parts of a system that need no model. Raises ValueError where the rule would not be exact for the policy's trees, is
+    lossy and not allowed to be, or where the drafter lacks its model."""
     rule = build(config.rule)
     policy_config: Any = getattr(config.drafter, "policy", None)
     policy = None if policy_config is None else build(policy_config)
@@ -57,9 +55,15 @@ def load_system(config: SystemConfig) -> System:
     if not rule.lossless and not config.allow_lossy:
         raise ValueError(f"rule={rule.name} is LOSSY: its output does not follow the target's law; allow_lossy=true")
     check_draft(config.drafter)
+    return rule, policy
+
+
+def load_system(config: SystemConfig) -> System:
+    """Builds rule and policy, sees that they fit, then loads the drafter; raises as `rule_and_policy` does before that."""
+    rule, policy = rule_and_policy(config)
     labels = {
         "drafter": drafter_label(config.drafter),
-        "policy": "none" if policy is None else describe(policy_config),
+        "policy": "none" if policy is None else describe(getattr(config.drafter, "policy", None)),
         "rule": rule.name,
         "num_nodes": 1 if policy is None else policy.max_nodes,
         "lossless": rule.lossless,

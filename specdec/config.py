@@ -244,12 +244,30 @@ class BenchmarkConfig(RunConfig):
 
 
 @dataclass
-class CertifyConfig:
-    """`level` quick or full; `rules` names the rules (none: all of them)."""
+class CertifyConfig(PromptsConfig):
+    """`level` quick, full, real or all; `rules` names the rules (none: all of them). All else is for the levels real and all.
+
+    An item of `systems` holds the overrides that one would give to `generate`; those of `draft_systems` join them where
+    `draft` names a draft model. Laws are tested in `dtype` and at `temperatures`, on `num_tokens` tokens per system and
+    temperature; rounding is counted in the target's own dtype on the first `num_judged` prompts, one at a time.
+    """
 
     level: str = MISSING
     rules: list[str] = MISSING
+    target: TargetConfig = field(default_factory=TargetConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    prompts: str | None = None
+    draft: str | None = None
+    systems: list[str] = MISSING
+    draft_systems: list[str] = MISSING
+    temperatures: list[float] = MISSING
+    dtype: str = MISSING
+    num_tokens: int = MISSING
+    alpha: float = MISSING
+    num_judged: int = MISSING
     output: str = MISSING
+    work_dir: str = MISSING
 
 
 @dataclass

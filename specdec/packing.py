@@ -121,7 +121,7 @@ class _SharedProduct:
             out = self._run(nn.functional.pad(rows, (0, 0, 0, self.min_rows - count)))[:count]
         else:
             out = torch.cat([self._run(piece) for piece in rows.tensor_split(-(-count // MAX_ROWS))])
-        return out.view(*input.shape[:-1], -1)
+        return out.view(*input.shape[:-1], out.shape[-1])
 
     def _run(self, input: Tensor) -> Tensor:
         return torch.ops.mkldnn._linear_pointwise(input, self._weight, self._bias, "none", [], "")

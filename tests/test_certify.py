@@ -115,6 +115,18 @@ def test_a_wrong_rule_fails_the_command(
 def test_a_lossy_rule_is_measured_and_says_so() -> None:
     found = certify(Threshold(), chain(2, "iid"), generations=False)
     assert not found.lossless and found.passed and found.max_error > 0.05
+    # No event can differ by less than the most that a single one does.
+    assert found.errors["round"] <= found.total_variation < 1
+    assert certify(Rejection(), chain(2, "iid"), generations=False).total_variation < TOLERANCE
+
+
+def test_total_variation_is_that_of_the_joint_law() -> None:
+    """One drafted token that is always kept: the law of the first is a point mass, the second follows the target."""
+    world = World.tree(3, 3).select("independent")
+    (law,) = round_laws(chain(1), Threshold(1e-9), world, [Case(0, 0, 1)])
+    drafted = int(world.draft_KCV[0, 0].argmax())
+    missing = 1 - float(world.target_KCV[0, 0, drafted])
+    assert abs(world.continued_variation(0, 0, law, 2) - missing) < TOLERANCE
 
 
 def test_a_rule_is_not_certified_for_trees_it_refuses() -> None:
@@ -164,13 +176,15 @@ def test_the_command_writes_a_certificate(tmp_path: Path, capsys: pytest.Capture
     report = json.loads(output.read_text())
     assert report["passed"] and report["command"].startswith("specdec certify") and report["versions"]["torch"]
     assert all(row["max_error"] < TOLERANCE for row in report["rules"] if row["lossless"])
-    assert {row["rule"] for row in report["rules"] if not row["lossless"]} == {"typical", "threshold"}
+    lossy = [row for row in report["rules"] if not row["lossless"]]
+    assert {row["rule"] for row in lossy} == {"typical", "threshold"}
+    assert all(row["total_variation"] > 0.1 for row in lossy) and report["real"] == [] and report["numerics"] == {}
     fields = {"rule", "kind", "tree", "max_error", "expected_accepted", "optimum"}
     assert all(fields <= set(row) and math.isfinite(row["optimum"]) for row in report["rules"])
     assert len(report["mutants"]) >= 25 and all(row["caught"] and row["by"] for row in report["mutants"])
     assert output.with_suffix(".png").stat().st_size > 10_000
     out = capsys.readouterr().out
-    assert "LOSSY" in out and "passed" in out
+    assert "LOSSY" in out and f"TV {lossy[0]['total_variation']:.3f}" in out and "passed" in out
 
 
 def test_a_certificate_that_misses_a_mutant_is_not_valid(

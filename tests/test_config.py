@@ -17,6 +17,7 @@ from specdec.drafters.heads.formats import save_head
 from specdec.drafters.training.params import TrainingParams
 from specdec.engine import Engine
 from specdec.experiments.building import build, describe, sampling_params
+from specdec.experiments.contenders import system_config
 from specdec.experiments.system import load_system, target_name
 from specdec.model import PagedModel
 from specdec.sampling import SamplingParams
@@ -33,11 +34,11 @@ FOLDERS = {
     "generate": ["output=rows.jsonl"],
     "benchmark": ["output=rows.jsonl", "work_dir=."],
     "acceptance": ["output=rows.jsonl", "work_dir=."],
-    "certify": ["output=one.json"],
     "data": ["folder=data"],
     "train": ["data=data", "folder=heads"],
     "inspect": ["path=somewhere"],
     "export": ["path=somewhere", "format=vllm", "output=there"],
+    "certify": ["output=one.json", "work_dir=."],
 }
 
 
@@ -115,6 +116,13 @@ def test_a_head_for_another_drafter_is_refused_with_its_name(model_folder: str, 
             load_system(typed).engine(target, typed.engine)
     with pytest.raises(FileNotFoundError, match="nowhere"):
         load_system(compose("generate", "drafter=eagle", "draft=./nowhere"))
+
+
+def test_every_system_of_a_certificate_builds(model_folder: str) -> None:
+    typed = compose("certify", f"draft={model_folder}")
+    for name in [*typed.systems, *typed.draft_systems]:
+        system = load_system(system_config(name, typed.target, typed.draft))
+        assert system.labels["lossless"] != system.allow_lossy and system.policy is not None
 
 
 def test_no_drafter_is_plain_decoding(model_folder: str) -> None:

@@ -106,6 +106,16 @@ def test_speculative_equals_plain_in_bfloat16(drafter, policy):
     assert accepted > (10 if drafter == "ngram" else 40)
 
 
+def test_a_step_that_wants_no_logits():
+    """A prompt goes on: none of its tokens is asked for."""
+    prompt, params = [5 + i % 70 for i in range(90)], SamplingParams(max_new_tokens=8)
+    whole = Engine(Verifier(served())).generate([prompt], params)
+    pieces = Engine(Verifier(served()), NGramDrafter(), POLICIES["chain"](), prefill_chunk=11).generate(
+        [prompt], params
+    )
+    assert pieces[0].token_ids == whole[0].token_ids
+
+
 @pytest.mark.parametrize(
     ("architecture", "message"),
     [("gemma2", "without softcap.*softcap 2.0"), ("float32", "is for bfloat16 on a CPU .*not for float32 on cpu")],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
 from unittest.mock import patch
 
 import pytest
@@ -15,6 +16,7 @@ from specdec.certificates.real import Subject
 from specdec.certificates.referee import referee, upcast
 from specdec.drafters import NGramDrafter, SmallModelDrafter, Static, TopK, chain
 from specdec.loading import embedded_model_path
+from specdec.packing import can_pack
 from specdec.sampling import ModelLaws
 from specdec.verifiers import Rejection, Verifier
 
@@ -153,6 +155,10 @@ def test_counting_goes_on_behind_the_first_divergence(tiny) -> None:
 
 def test_what_cannot_be_judged_is_refused(tiny) -> None:
     target = model(tiny, torch.float32)
+    with pytest.raises(ValueError, match="seed"):
+        referee(
+            target, upcast(target, torch.float64), plain(target), [], PROMPTS, replace(GREEDY, seed=None), work_dir="."
+        )
     with pytest.raises(ValueError, match="wider"):
         referee(target, target, plain(target), [], PROMPTS, GREEDY)
     draft = PagedModel(tiny(1), name="draft")
@@ -161,6 +167,53 @@ def test_what_cannot_be_judged_is_refused(tiny) -> None:
         referee(target, upcast(target, torch.float64), plain(target), [one], PROMPTS, WARM)
     (row,) = referee(target, upcast(target, torch.float64), plain(target), [one], PROMPTS, GREEDY)
     assert row["passed"]
+
+
+def test_a_packed_target_is_judged_by_an_unpacked_copy(tiny) -> None:
+    size = {"hidden_size": 64, "intermediate_size": 96, "vocab_size": 199}
+    target, judge = model(tiny, torch.bfloat16, **size), upcast(model(tiny, torch.bfloat16, **size))
+    target.pack()
+    (row,) = referee(target, judge, plain(target), subjects(target, tiny, **size)[:1], PROMPTS[:3], GREEDY)
+    assert row["passed"], row["divergences"]
+    assert row["packed"] == can_pack(target.device, target.dtype) and row["noise_rms"] > 1e-4
+
+
+class StopsAfter(Engine):
+    """Breaks off, as a killed process does, when asked for one batch more than `batches`."""
+
+    batches = 1 << 30
+
+    def generate(self, prompts, params=None, *, chat=False):  # type: ignore[no-untyped-def]
+        self.batches -= 1
+        if self.batches < 0:
+            raise KeyboardInterrupt
+        return super().generate(prompts, params, chat=chat)
+
+
+def test_resumed_equals_uninterrupted(tiny, tmp_path: Path) -> None:
+    target = model(tiny, torch.bfloat16)
+    judge, short = upcast(target), replace(NUCLEUS, max_new_tokens=16)
+
+    def judged(folder: str, batches: int, count: int = 8) -> list[dict[str, object]]:
+        plainly, drafted = (
+            StopsAfter(Verifier(target), max_batch_size=3),
+            StopsAfter(Verifier(target), NGramDrafter(), TopK(8, 4, 2), max_batch_size=2),
+        )
+        drafted.batches, plainly.batches = batches, 3 if batches else 0
+        prompts, folder = PROMPTS[:count], tmp_path / folder
+        return referee(target, judge, Subject(plainly, {}), [Subject(drafted, {})], prompts, short, work_dir=folder)
+
+    whole = judged("whole", 4)
+    with pytest.raises(KeyboardInterrupt):
+        judged("parts", 2)
+    # The process died while it wrote.
+    file = tmp_path / "parts" / "judged.jsonl"
+    file.write_text(file.read_text()[:-100])
+    assert judged("parts", 4) == whole
+    # Nothing is generated again, and a start with fewer prompts is no loss.
+    assert judged("parts", 0) == whole
+    judged("more", 3, count=6)
+    assert judged("more", 1) == whole
 
 
 @pytest.mark.real_model

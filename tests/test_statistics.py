@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from unittest.mock import patch
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from specdec import Engine, PagedModel, SamplingParams
+from specdec.certificates.alarms import false_alarms
 from specdec.certificates.forcing import TeacherForcing
 from specdec.certificates.real import Subject, run, text_sums
 from specdec.certificates.scores import SCORES, ScoredLaws, uniforms
@@ -149,11 +151,22 @@ def test_moments_are_those_of_the_law() -> None:
         assert torch.equal(steps.impossible_R, p == 0)
 
 
+def test_places_in_the_law_do_not_depend_on_how_they_are_found() -> None:
+    truth = scored(laws(97).round(decimals=3))
+    rows, tokens = torch.arange(8), torch.randint(97, (8,), generator=torch.Generator().manual_seed(7))
+    spread = torch.rand(8, generator=torch.Generator().manual_seed(8), dtype=torch.float64)
+    one_each = truth.steps(rows, tokens, spread).pit_R2
+    from_table = truth.steps(rows.repeat(2), tokens.repeat(2), spread.repeat(2)).pit_R2
+    assert torch.allclose(one_each.repeat(2, 1), from_table, atol=1e-14)
+
+
 def test_temperature_drift_is_the_derivative() -> None:
     truth = scored(laws(11, 4))
     wrong = truth.laws_TV ** (1 + 1e-6)
     wrong = wrong / wrong.sum(-1, keepdim=True)
-    shift = (truth.scores_FTV * (wrong - truth.laws_TV)).sum(-1).T / 1e-6
+    rows, tokens = (grid.flatten() for grid in torch.meshgrid(torch.arange(4), torch.arange(11), indexing="ij"))
+    scores_TVF = truth.scores(rows, tokens).view(4, 11, -1)
+    shift = (scores_TVF * (wrong - truth.laws_TV)[..., None]).sum(1) / 1e-6
     assert torch.allclose(shift, truth.temperature_drifts_TF, atol=1e-4)
 
 
@@ -277,6 +290,16 @@ def test_wrong_sampling_is_found(target, tmp_path: Path, change: dict, params: S
     assert not row["passed"]
 
 
+def test_a_law_that_leaves_no_chance_is_tested_too(target, tmp_path: Path) -> None:
+    sure = replace(WARM, top_k=1)
+    right, wrong = Engine(Verifier(target), max_batch_size=32), WrongParams(Verifier(target), max_batch_size=32)
+    wrong.change = {"top_k": 0}
+    subjects = [Subject(right, {"name": "right"}), Subject(wrong, {"name": "wrong"})]
+    rows = run(target, subjects, PROMPTS, [sure], MIN_TOKENS, tmp_path)
+    assert [row["passed"] for row in rows] == [True, False] and rows[1]["num_impossible"] > 100
+    json.dumps(rows, allow_nan=False)
+
+
 def test_a_temperature_off_by_3_percent_is_found_with_the_predicted_tokens(target, tmp_path: Path) -> None:
     plain = Subject(Engine(Verifier(target), max_batch_size=32), {"name": "plain"})
     (pilot,) = run(target, [plain], PROMPTS, [WARM], MIN_TOKENS, tmp_path, power=0.99)
@@ -326,7 +349,11 @@ def test_resumed_equals_uninterrupted(target, draft, tmp_path: Path) -> None:
     # Nothing is generated again, and more tokens go on from there.
     assert run(target, [subject(0)], PROMPTS, [WARM], 2500, tmp_path / "parts") == whole
     (more,) = run(target, [subject(100)], PROMPTS, [WARM], 3500, tmp_path / "parts")
-    assert more["num_tokens"] >= 3500
+    assert more["num_tokens"] >= 3500 and len(more["revisions"]) == 1
+    # Batches that other code has made are told.
+    file.write_text(re.sub(r'"revision": "[^"]*"', '"revision": "before"', file.read_text(), count=1))
+    (mixed,) = run(target, [subject(0)], PROMPTS, [WARM], 2500, tmp_path / "parts")
+    assert set(mixed["revisions"]) == {"before", *more["revisions"]}
 
 
 def test_what_cannot_be_tested_is_refused(target, tmp_path: Path) -> None:
@@ -340,3 +367,40 @@ def test_what_cannot_be_tested_is_refused(target, tmp_path: Path) -> None:
     ]:
         with pytest.raises(ValueError, match=message):
             run(target, subjects, PROMPTS, [params], tokens, tmp_path)
+
+
+def test_false_alarms_on_plain_decoding_are_counted(target, draft, tmp_path: Path) -> None:
+    subjects = [
+        Subject(Engine(Verifier(target), max_batch_size=32), {"drafter": "plain"}),
+        Subject(rejection(target, draft), {"drafter": "small_model"}),
+    ]
+    plain, drafted = run(target, subjects, PROMPTS, [WARM], 2 * MIN_TOKENS, tmp_path)
+    assert "false_alarms" not in drafted and plain["passed"] and plain["smallest_p"] > plain["threshold"]
+    found = plain["false_alarms"]
+    assert found["passed"] and found["num_groups"] * found["group_tokens"] <= plain["num_tokens"]
+    assert [level["nominal"] for level in found["levels"]] == [0.05, 0.01]
+    json.dumps(plain, allow_nan=False)
+
+
+def test_false_alarms_come_as_often_as_stated_and_an_excess_fails() -> None:
+    truth = scored(laws(97))
+
+    def batches(drawn_from: Tensor) -> list[Sums]:
+        generator = torch.Generator().manual_seed(5)
+        sums = []
+        for number in range(300):
+            rows = torch.randint(8, (MIN_TOKENS,), generator=generator)
+            tokens = torch.multinomial(drawn_from[rows], 1, generator=generator)[:, 0]
+            sums.append(Sums.of_text([truth.steps(rows, tokens, uniforms(number, range(MIN_TOKENS)))], 0.5))
+        return sums
+
+    right = false_alarms(batches(truth.laws_TV), True, 1e-3)
+    assert right["passed"] and (right["num_groups"], right["group_tokens"]) == (300, MIN_TOKENS)
+    for level in right["levels"]:
+        family = level["any_test"]
+        assert family["low"] <= family["rate"] <= family["high"] and family["low"] <= level["nominal"]
+        # Two standard errors of one test's rate; the mean over the tests is nearer.
+        nominal = level["nominal"]
+        assert abs(level["mean_of_tests"] - nominal) < 2 * (nominal * (1 - nominal) / 300) ** 0.5
+    sharper = truth.laws_TV**1.05
+    assert not false_alarms(batches(sharper / sharper.sum(-1, keepdim=True)), True, 1e-3)["passed"]
