@@ -27,7 +27,7 @@ def held_out_prompts(data: RecordSet, count: int, max_length: int = 256) -> list
             break
     if len(prompts) < count:
         raise ValueError(
-            f"{data.folder} holds out {len(prompts)} records, and eval_prompts={count}: make more data or lower eval_prompts"
+            f"{data.name} holds out {len(prompts)} records, and eval_prompts={count}: make more data or lower eval_prompts"
         )
     return prompts
 

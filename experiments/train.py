@@ -26,7 +26,7 @@ from specdec.experiments.building import build, sampling_params
 from specdec.experiments.system import load_target, target_name
 from specdec.experiments.tau import held_out_prompts, measure_tau
 from specdec.experiments.train_report import training_picture, training_table
-from specdec.experiments.train_setup import build_objective, check, settings_of, training_params
+from specdec.experiments.train_setup import build_objective, check, data_folders, settings_of, training_params
 from specdec.model import PagedModel
 from specdec.provenance import device_name, provenance
 from specdec.tracking import Tracker
@@ -41,7 +41,8 @@ def run(config: TrainConfig, command: str) -> int:
     check(config)
     params, sampling, policy = training_params(config), sampling_params(config.sampling), build(config.policy)
     sampling = replace(sampling, seed=sampling.with_seed())
-    train, held_out = RecordSet(config.data, "train"), RecordSet(config.data, "held_out")
+    folders = data_folders(config)
+    train, held_out = RecordSet(folders, "train"), RecordSet(folders, "held_out")
     prompts = held_out_prompts(held_out, config.eval_prompts)
     Path(config.folder).mkdir(parents=True, exist_ok=True)
     accelerator = Accelerator(mixed_precision=config.training.mixed_precision, cpu=config.target.device == "cpu")
@@ -124,7 +125,7 @@ def _filled_cache(
     config: TrainConfig, target: TrainingTarget, layers: tuple[int, ...], row_tokens: int, accelerator: Accelerator
 ) -> FeatureCache:
     assert config.cache is not None
-    everything = RecordSet(config.data, "all")
+    everything = RecordSet(data_folders(config), "all")
     # The first process computes, the others find it done.
     with accelerator.main_process_first():
         name, dtype = target_name(config.target), target.model.dtype

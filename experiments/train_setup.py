@@ -75,13 +75,20 @@ def settings_of(config: TrainConfig, target_name: str) -> dict[str, Any]:
     }
 
 
+def data_folders(config: TrainConfig) -> list[str]:
+    """Raises ValueError where `data` names none."""
+    folders = [config.data] if isinstance(config.data, str) else config.data
+    if not isinstance(folders, list) or not folders or not all(isinstance(one, str) for one in folders):
+        raise ValueError(f"data={config.data} must be a folder or a list of folders")
+    return folders
+
+
 def check(config: TrainConfig) -> None:
     """Raises ValueError for what can be seen to be wrong before the target is loaded."""
     if config.eval_prompts < 0:
         raise ValueError(f"eval_prompts={config.eval_prompts} must be >= 0")
     if isinstance(config.head, Medusa2HeadConfig) and config.cache is not None:
         raise ValueError("head=medusa2 trains the target, so its features change: leave out cache=")
-    if not Path(config.data).is_dir():
-        raise ValueError(
-            f"data={config.data}: no such folder; make training data with `specdec data folder={config.data}`"
-        )
+    for folder in data_folders(config):
+        if not Path(folder).is_dir():
+            raise ValueError(f"data={folder}: no such folder; make training data with `specdec data folder={folder}`")

@@ -38,7 +38,6 @@ TEXT_KEYS: tuple[str, ...] = (
     "work_dir",
     "draft",
     "folder",
-    "data",
     "cache",
 )
 TEXT_KEYS += tuple(f"{node}.{key}" for node in ("target", "drafter") for key in ("path", "gguf_file", "name"))

@@ -453,7 +453,7 @@ class TrainingConfig:
 
 @dataclass
 class TrainConfig:
-    """Trains a head on the records in `data`; checkpoints and the best head go to `folder`.
+    """Trains a head on the records in `data`, one folder or a list of them; checkpoints and the best head go to `folder`.
 
     `cache` is a folder for the target's features (None: they are computed as training goes). Tau is measured with `policy`
     under `sampling` and `engine` on `eval_prompts` held-out prompts (0: the held-out loss decides).
@@ -466,7 +466,7 @@ class TrainConfig:
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
-    data: str = MISSING
+    data: Any = MISSING
     folder: str = MISSING
     cache: str | None = MISSING
     eval_prompts: int = MISSING

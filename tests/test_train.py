@@ -108,6 +108,12 @@ def test_mixed_precision_and_wandb(train, monkeypatch: pytest.MonkeyPatch) -> No
     assert all(row["loss"] > 0 for row in rows if row["kind"] == "train")
 
 
+def test_two_folders_are_one(train, data: str) -> None:
+    words = ("head=medusa", "training.num_steps=2", "eval_prompts=0")
+    status, _, rows = train(*words, f"data=[{data},{data}]")
+    assert status == 0 and rows[-1]["kind"] == "summary"
+
+
 def test_a_finished_training_does_nothing_more(train) -> None:
     assert train("head=medusa", *EXTRA["medusa"])[0] == 0
     status, said, rows = train("head=medusa", *EXTRA["medusa"])
@@ -168,6 +174,9 @@ def test_a_cache_is_filled_where_it_was_left(tiny, tmp_path: Path) -> None:
     ("words", "part"),
     [
         (["data=nowhere"], "data=nowhere: no such folder"),
+        (["data=[nowhere]"], "data=nowhere: no such folder"),
+        (["data=[]"], "data=[] must be a folder or a list of folders"),
+        (["data={a: 1}"], "must be a folder or a list of folders"),
         (["drafter=ngram"], "train has no drafter to choose; it has engine, head,"),
         (["folder=???"], "folder is missing: give folder=VALUE"),
         (["training.mixed_precision=int3"], "mixed_precision=int3"),

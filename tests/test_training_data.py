@@ -46,7 +46,7 @@ def make(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pyt
     return make
 
 
-def all_records(folder: str | Path) -> list[tuple[list[int], list[bool]]]:
+def all_records(folder: str | Path | list[Path]) -> list[tuple[list[int], list[bool]]]:
     return [(one.token_ids_T.tolist(), one.loss_mask_T.tolist()) for one in RecordSet(folder, "all")]
 
 
@@ -68,6 +68,21 @@ def test_records_survive_the_disk_and_shards(tmp_path: Path) -> None:
         (2, 5, 3),
         (1, 4, 1),
     ]
+
+
+def test_folders_read_together(tmp_path: Path) -> None:
+    """One behind the other, each split by its own share."""
+    for name, share in {"a": 0.0, "b": 1.0}.items():
+        writer = RecordWriter(tmp_path / name, {"held_out": share}, {}, shard_size=2)
+        writer.commit([record(i, 7, source=i) for i in range(3)], {})
+        writer.flush()
+    folders = [tmp_path / "a", tmp_path / "b"]
+    assert all_records(folders) == all_records(folders[0]) + all_records(folders[1])
+    held = RecordSet(folders, "held_out")
+    assert len(RecordSet(folders)) == len(held) == 3
+    assert [held.index_in_folder(i) for i in range(3)] == [3, 4, 5]
+    prints = {RecordSet(one, "all").fingerprint for one in (folders, folders[::-1], folders[0])}
+    assert len(prints) == 2, "the same records in both folders, so their order is nothing"
 
 
 def test_a_changed_shard_and_other_settings_are_refused(tmp_path: Path) -> None:

@@ -125,36 +125,38 @@ class RecordWriter:
 
 
 class RecordSet:
-    """The records of a folder: those of the split `train`, those `held_out`, or `all`.
+    """The records of one or several folders: those of the split `train`, those `held_out`, or `all`.
 
-    Which is which follows from the record's source hash and the manifest's `held_out` share, so everything made from one
-    prompt lies on one side, in every folder alike. Raises ValueError where folder or shards are not what they should be.
+    Which is which follows from the record's source hash and its folder's `held_out` share, so everything made from one
+    prompt lies on one side, in every folder alike. Raises ValueError where folders or shards are not what they should be.
     """
 
-    def __init__(self, folder: str | Path, split: str = "train") -> None:
+    def __init__(self, folders: str | Path | Seq[str | Path], split: str = "train") -> None:
         if split not in SPLITS:
             raise ValueError(f"split={split} must be one of {', '.join(SPLITS)}")
-        self.folder, self.split = Path(folder), split
-        self.manifest = read_manifest(self.folder)
+        self.split = split
+        self.folders = [Path(one) for one in ([folders] if isinstance(folders, str | Path) else folders)]
         parts: dict[str, list[Tensor]] = {}
-        for shard in self.manifest["shards"]:
-            path = self.folder / shard["file"]
-            if not path.is_file() or file_hash(path) != shard["sha256"]:
-                raise ValueError(f"{path} is missing or changed: make the data anew with another folder=")
-            for name, tensor in load_file(path).items():
-                parts.setdefault(name, []).append(tensor)
+        self._digests, self._hashes, self._chosen = list[str](), list[int](), list[int]()
+        for folder in self.folders:
+            manifest = read_manifest(folder)
+            share = manifest["settings"].get("held_out", 0.0)
+            for shard in manifest["shards"]:
+                path = folder / shard["file"]
+                if not path.is_file() or file_hash(path) != shard["sha256"]:
+                    raise ValueError(f"{path} is missing or changed: make the data anew with another folder=")
+                for name, tensor in load_file(path).items():
+                    parts.setdefault(name, []).append(tensor)
+                self._digests.append(shard["sha256"])
+                for one in parts["source_hashes_R"][-1].tolist():
+                    if split == "all" or is_held_out(one, share) == (split == "held_out"):
+                        self._chosen.append(len(self._hashes))
+                    self._hashes.append(one)
         empty = torch.zeros(0, dtype=torch.int64)
         self._tensors = {name: torch.cat(parts.get(name, [empty])) for name in ("token_ids_T", "loss_mask_T")}
         lengths_R = torch.cat(parts.get("lengths_R", [empty]))
-        self._hashes = torch.cat(parts.get("source_hashes_R", [empty])).tolist()
         ends = lengths_R.cumsum(0).tolist()
         self._spans = list(zip([0, *ends[:-1]], ends, strict=True)) if ends else []
-        share = self.manifest["settings"].get("held_out", 0.0)
-        self._chosen = [
-            i
-            for i, one in enumerate(self._hashes)
-            if split == "all" or is_held_out(one, share) == (split == "held_out")
-        ]
         self.lengths = lengths_R[self._chosen].tolist()
 
     def __len__(self) -> int:
@@ -173,14 +175,17 @@ class RecordSet:
         return (self[i] for i in range(len(self)))
 
     def index_in_folder(self, index: int) -> int:
-        """The place of a record of this split among all of the folder."""
+        """The place of a record of this split among all of the folders."""
         return self._chosen[index]
+
+    @property
+    def name(self) -> str:
+        return ", ".join(map(str, self.folders))
 
     @property
     def fingerprint(self) -> str:
         """Stands for the records and their split."""
-        parts = [shard["sha256"] for shard in self.manifest["shards"]] + [self.split]
-        return hashlib.sha256(" ".join(parts).encode()).hexdigest()[:16]
+        return hashlib.sha256(" ".join([*self._digests, self.split]).encode()).hexdigest()[:16]
 
 
 def is_held_out(source_hash: int, share: float) -> bool:

@@ -15,7 +15,7 @@ def token_counts(data: RecordSet, vocab_size: int) -> Tensor:
         tokens = record.token_ids_T[record.loss_mask_T]
         if len(tokens) and int(tokens.max()) >= vocab_size:
             raise ValueError(
-                f"{data.folder} holds token {int(tokens.max())}, and the target has {vocab_size}: "
+                f"{data.name} holds token {int(tokens.max())}, and the target has {vocab_size}: "
                 f"make the data with this target"
             )
         counts_V += tokens.bincount(minlength=vocab_size)
