@@ -24,7 +24,7 @@ demo: $(STAMP)  ## generate with and without drafts and compare (PROMPT=... to c
 	$(BIN)/specdec generate compare=true "prompt=$$PROMPT"
 
 test: lint typecheck  ## everything that must pass before a commit
-	$(BIN)/pytest -q
+	$(BIN)/pytest -q -n logical --dist loadfile
 
 lint: $(STAMP)  ## check style and formatting
 	$(BIN)/ruff check

@@ -16,7 +16,7 @@ from specdec.tree import TokenTree
 _SEED = 0
 _SOURCES = ("attention", "invariance", "kv_cache", "model", "packing")
 # Of one row, of few, of what fills a block of oneDNN's or the attention's and a little more; past several tiles.
-_CHUNKS = (40, 1, 2, 1, 3, 5, 16, 17, 33, 7)
+_CHUNKS = (200, 40, 1, 2, 1, 3, 5, 16, 17, 33, 7, 250, 1, 11, 1)
 # A tree of 16 nodes; the nodes along `_PATH` hold the text's end.
 _PARENTS = [-1, 0, 0, 0, 1, 2, 2, 3, 4, 6, 6, 7, 9, 10, 10, 12]
 _PATH = [0, 2, 6, 10, 14]

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from specdec.kernels.tree_attention import AttentionPlan, SequencePlan, tree_attention
+from specdec.kernels.tree_attention import AttentionPlan, SequencePlan, invariant, tree_attention
 
 
 @dataclass
@@ -210,6 +210,38 @@ def test_invariant_attention_is_near(shape, options, contiguous):
     torch.testing.assert_close(found, naive_attention(case, 0.25, **options).bfloat16(), rtol=0.016, atol=2**-6)
 
 
+@pytest.mark.parametrize("shape", [(9, 3, 64, 64), (4, 2, 8, 8), (6, 6, 24, 24), (5, 1, 80, 80)])
+@pytest.mark.parametrize("visible", [0, 50, 63, 64, 300, 520, 1100])
+def test_invariant_attention_gives_a_node_the_bits_of_its_path_alone(shape, visible):
+    """A tree's nodes, a chunk's tokens, and each of them by itself, with its path's keys in a row."""
+    options = {"scaling": 0.2, "is_invariant": True}
+    for queries, parts in ((14, [(14, 14, visible)]), (37, [(37, None, visible)])):
+        case = make_case(shape, parts, False, torch.bfloat16, seed=visible + queries)
+        # Outliers, as real keys have them: they bring out differences that rounding mostly hides.
+        case.keys_SGE.mul_(torch.linspace(-2, 2, shape[2]).exp().bfloat16())
+        together = tree_attention(case.query_THE, case.keys_SGE, case.values_SGE, case.plan, **options)
+        for t, seen in enumerate(case.sees):
+            slots = torch.tensor([slot for slot, _ in seen])
+            alone = SequencePlan(0, 1, len(slots) - 1, None, torch.tensor([len(slots) - 1]), 0, None)
+            plan = AttentionPlan(torch.tensor([len(slots) - 1]), 0, [alone])
+            keys, values = case.keys_SGE[slots], case.values_SGE[slots]
+            found = tree_attention(case.query_THE[t : t + 1], keys, values, plan, **options)
+            assert torch.equal(found[0], together[t]), f"query {t} of {queries}, {len(slots)} keys"
+
+
+@pytest.mark.parametrize("count", [1, 4, 5, 8, 9, 16, 17, 40, 70])
+def test_tiles_are_summed_alike_for_any_number_of_columns(count):
+    """In bfloat16 a change of order shows once in many thousand numbers, here in float32 at once."""
+    terms = torch.rand(count, 480, generator=torch.Generator().manual_seed(count))
+    wanted = invariant._sum_in_order(terms)
+    torch.testing.assert_close(wanted, terms.sum(0))
+    for columns in (1, 9, 33, 144):
+        assert torch.equal(invariant._sum_in_order(terms[:, :columns].contiguous()), wanted[:columns])
+        assert torch.equal(invariant._sum_in_order(terms[:, :columns].t().contiguous().t()), wanted[:columns])
+    for more in (1, 7, 12):
+        assert torch.equal(invariant._sum_in_order(torch.cat([terms, torch.zeros(more, 480)])), wanted)
+
+
 def test_invariant_attention_refuses_what_it_does_not_do():
     case = make_case((4, 2, 4, 4), [(2, None, 3)], True, torch.float32)
     arguments = case.query_THE, case.keys_SGE, case.values_SGE, case.plan
@@ -219,3 +251,6 @@ def test_invariant_attention_refuses_what_it_does_not_do():
     arguments = case.query_THE, case.keys_SGE, case.values_SGE, case.plan
     with pytest.raises(ValueError, match=r"softcap 2.0"):
         tree_attention(*arguments, scaling=1.0, is_invariant=True, softcap=2.0)
+    case = make_case((4, 2, 4, 6), [(2, None, 3)], True, torch.bfloat16)
+    with pytest.raises(ValueError, match="keys and values of one size, not 4 and 6"):
+        tree_attention(case.query_THE, case.keys_SGE, case.values_SGE, case.plan, scaling=1.0, is_invariant=True)

@@ -103,6 +103,11 @@ def tree_attention(
                 f"invariant attention is for bfloat16 on the CPU without softcap, not {query_THE.dtype} on "
                 f"{query_THE.device.type}{'' if softcap is None else f' with softcap {softcap}'}"
             )
+        if key_cache_SGE.shape[2] != value_cache_SGE.shape[2]:
+            raise ValueError(
+                f"invariant attention is for keys and values of one size, not {key_cache_SGE.shape[2]} and "
+                f"{value_cache_SGE.shape[2]}"
+            )
         return tree_attention_invariant(
             query_THE, key_cache_SGE, value_cache_SGE, plan.sequences, scaling, window, sinks_H
         )

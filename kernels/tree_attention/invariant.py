@@ -159,7 +159,8 @@ def _attend(
     rows = query_YGRE.shape[2]
     query_YGRE = query_YGRE.expand(len(key_YGtE), -1, -1, -1)
     if rows == 1:
-        out, lse = _flash(query_YGRE.expand(-1, -1, 2, -1), key_YGtE, value_YGtE, bias_Y1Rt, scaling)
+        # Twice in memory: a stride of zero makes the product another one.
+        out, lse = _flash(query_YGRE.repeat(1, 1, 2, 1), key_YGtE, value_YGtE, bias_Y1Rt, scaling)
         return out[:, :, :1], lse[:, :, :1]
     if rows <= MAX_ROWS and rows != BLOCK + 1:
         return _flash(query_YGRE, key_YGtE, value_YGtE, bias_Y1Rt, scaling)
@@ -192,7 +193,19 @@ def _merge(out_jGRE: Tensor, lse_jGR: Tensor, sinks_H: Tensor | None) -> Tensor:
         lse_jGR = torch.cat([sinks_Gg.repeat(1, rows // sinks_Gg.shape[1])[None], lse_jGR])
     # Not torch.softmax, which computes the rows at the end of its vectors with another exp.
     weight_jGR = (lse_jGR - lse_jGR.amax(0)).exp_()
-    weight_jGR /= weight_jGR.sum(0)
+    weight_jGR /= _sum_in_order(weight_jGR)
     if sinks_H is not None:
         weight_jGR = weight_jGR[1:]
-    return (out_jGRE * weight_jGR[..., None]).sum(0).to(out_jGRE.dtype)
+    return _sum_in_order(out_jGRE * weight_jGR[..., None]).to(out_jGRE.dtype)
+
+
+def _sum_in_order(terms_jX: Tensor) -> Tensor:
+    """The sum over j in one fixed order, eight by eight: torch.sum takes another order for other numbers of columns."""
+    sums_gX = terms_jX[::8].clone()
+    for i in range(1, min(8, len(terms_jX))):
+        every_eighth = terms_jX[i::8]
+        sums_gX[: len(every_eighth)] += every_eighth
+    total = sums_gX[0]
+    for group in sums_gX[1:]:
+        total += group
+    return total
