@@ -16,7 +16,7 @@ from specdec.tree import TokenTree
 _SEED = 0
 _SOURCES = ("attention", "invariance", "kv_cache", "model", "packing")
 # Of one row, of few, of what fills a block of oneDNN's or the attention's and a little more; past several tiles.
-_CHUNKS = (200, 40, 1, 2, 1, 3, 5, 16, 17, 33, 7, 250, 1, 11, 1)
+_CHUNKS = (40, 1, 2, 1, 3, 5, 16, 17, 33, 7, 200, 250, 1, 11, 1)
 # A tree of 16 nodes; the nodes along `_PATH` hold the text's end.
 _PARENTS = [-1, 0, 0, 0, 1, 2, 2, 3, 4, 6, 6, 7, 9, 10, 10, 12]
 _PATH = [0, 2, 6, 10, 14]
@@ -67,7 +67,10 @@ def _alone_and_in_company(model: PagedModel) -> tuple[Tensor, Tensor]:
             min(3, model.vocab_size - 1), max(model.vocab_size * 9 // 10, 4), (count,), generator=generator
         )
 
-    length = min(sum(_CHUNKS) + len(_PATH), model.max_positions or sum(_CHUNKS) + len(_PATH))
+    length = sum(_CHUNKS) + len(_PATH)
+    if model.max_positions is not None:
+        # The strangers' deepest node lies one position further.
+        length = min(length, model.max_positions - 1)
     text, mate, nodes = draw(length), draw(29), draw(len(_PARENTS))
     pool = PagePool(num_pages=2 * (length // 16 + 3) + 4, page_size=16)
     cache = model.new_cache(pool)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -408,7 +409,15 @@ def test_medusa_2_trains_heads_and_target(tiny, target, tmp_path: Path) -> None:
     ]
 
 
-def test_an_interrupt_waits_for_the_step_to_end() -> None:
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Python's own handling of SIGINT, which a process started in the background ignores."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_an_interrupt_waits_for_the_step_to_end(interruptible) -> None:
     done = []
     with pytest.raises(KeyboardInterrupt), interrupted_after():
         signal.raise_signal(signal.SIGINT)
