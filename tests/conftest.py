@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable
 
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from specdec.engine import Engine
+from specdec.model import PagedModel
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
@@ -66,3 +70,35 @@ def tiny() -> Callable[..., object]:
 @pytest.fixture(scope="session")
 def tokenizer() -> PreTrainedTokenizerFast:
     return make_tokenizer()
+
+
+class StopsAfter(Engine):
+    """Breaks off, as a killed process does, when asked for one batch more than `batches`."""
+
+    batches = 1 << 30
+
+    def generate(self, prompts, params=None, *, chat=False):  # type: ignore[no-untyped-def]
+        self.batches -= 1
+        if self.batches < 0:
+            raise KeyboardInterrupt
+        return super().generate(prompts, params, chat=chat)
+
+
+@functools.cache
+def serves_invariant() -> bool:
+    """Whether numerics=invariant must work here: where oneDNN has AMX for bfloat16; elsewhere, where the load check says so."""
+    from specdec.attention import UnsupportedModelError
+    from specdec.invariance import make_invariant
+    from specdec.packing import can_pack
+
+    if not can_pack(torch.device("cpu"), torch.bfloat16):
+        return False
+    if torch.cpu._is_amx_tile_supported() and "ONEDNN_MAX_CPU_ISA" not in os.environ:
+        return True
+    model = PagedModel(make_tiny(max_position_embeddings=1024).bfloat16())
+    model.pack()
+    try:
+        make_invariant(model)
+    except UnsupportedModelError:
+        return False
+    return True

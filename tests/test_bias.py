@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import StopsAfter
 
 from specdec import Engine, PagedModel, SamplingParams
 from specdec.certificates.bias import _texts, bias
@@ -86,18 +87,6 @@ def test_standard_errors_are_those_of_independent_prompts(tiny, tmp_path: Path) 
     means = torch.tensor([row["kl_per_1k"] for row in rows])
     typical = torch.tensor([row["kl_per_1k_stderr"] for row in rows]).square().mean().sqrt()
     assert 0.5 < means.std() / typical < 2
-
-
-class StopsAfter(Engine):
-    """Breaks off, as a killed process does, when asked for one batch more than `batches`."""
-
-    batches = 1 << 30
-
-    def generate(self, prompts, params=None, *, chat=False):  # type: ignore[no-untyped-def]
-        self.batches -= 1
-        if self.batches < 0:
-            raise KeyboardInterrupt
-        return super().generate(prompts, params, chat=chat)
 
 
 def test_resumed_equals_uninterrupted(tiny, tmp_path: Path) -> None:

@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
+from conftest import serves_invariant
 
 from specdec import Engine, cli
 from specdec.certificates.statistics import MIN_TOKENS
 from specdec.experiments import certify, certify_real
-from specdec.packing import can_pack
 from specdec.verifiers import Rejection, Threshold
 
 IID = "drafter/policy=chain drafter.policy.depth=3 drafter.policy.kind=iid"
@@ -67,7 +66,7 @@ def test_a_real_model_is_certified(run, folder: Path, monkeypatch) -> None:
         *((name, 0.0) for name in names[1:]),
         (systems[0], 1.0),
     ]
-    is_invariant = can_pack(torch.device("cpu"), torch.bfloat16)
+    is_invariant = serves_invariant()
     for row in numerics["rows"]:
         assert (
             row["numerics"] == ("invariant" if is_invariant else "fast")

@@ -9,6 +9,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from conftest import StopsAfter
 
 from specdec import Engine, PagedModel, SamplingParams
 from specdec.certificates.forcing import TeacherForcing
@@ -176,18 +177,6 @@ def test_a_packed_target_is_judged_by_an_unpacked_copy(tiny) -> None:
     (row,) = referee(target, judge, plain(target), subjects(target, tiny, **size)[:1], PROMPTS[:3], GREEDY)
     assert row["passed"], row["divergences"]
     assert row["packed"] == can_pack(target.device, target.dtype) and row["noise_rms"] > 1e-4
-
-
-class StopsAfter(Engine):
-    """Breaks off, as a killed process does, when asked for one batch more than `batches`."""
-
-    batches = 1 << 30
-
-    def generate(self, prompts, params=None, *, chat=False):  # type: ignore[no-untyped-def]
-        self.batches -= 1
-        if self.batches < 0:
-            raise KeyboardInterrupt
-        return super().generate(prompts, params, chat=chat)
 
 
 def test_resumed_equals_uninterrupted(tiny, tmp_path: Path) -> None:

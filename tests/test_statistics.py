@@ -11,6 +11,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from conftest import StopsAfter
 from torch import Tensor
 
 from specdec import Engine, PagedModel, SamplingParams
@@ -318,18 +319,6 @@ def test_a_rejected_token_drawn_again_from_p_is_found(target, draft, tmp_path: P
     assert not row["passed"]
     (right,) = run(target, [Subject(rejection(target, draft), {"right": True})], PROMPTS, [WARM], 6000, tmp_path)
     assert right["passed"], failed(right)
-
-
-class StopsAfter(Engine):
-    """Breaks off, as a killed process does, when asked for one batch more than `batches`."""
-
-    batches = 1 << 30
-
-    def generate(self, prompts, params=None, *, chat=False):  # type: ignore[no-untyped-def]
-        self.batches -= 1
-        if self.batches < 0:
-            raise KeyboardInterrupt
-        return super().generate(prompts, params, chat=chat)
 
 
 def test_resumed_equals_uninterrupted(target, draft, tmp_path: Path) -> None:

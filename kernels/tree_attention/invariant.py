@@ -98,14 +98,15 @@ def tree_attention_invariant(
         queries, tiles = part.num_queries, part.tiles(window, heads // groups, query_THE.dtype)
         query_QGgE = query_THE[part.row : part.row + queries].reshape(queries, groups, -1, size)
         query_1GRE = query_QGgE.transpose(0, 1).reshape(1, groups, -1, size)
+        slots = tiles.own_slots_Xjt.view(-1)
+        key_YGtE, value_YGtE = (_tiled(cache.index_select(0, slots)) for cache in (key_cache_SGE, value_cache_SGE))
         if tiles.own_slots_Xjt.shape[0] == 1:
-            out_jGRE, lse_jGR = _shared(query_1GRE, key_cache_SGE, value_cache_SGE, tiles, scaling)
+            out_jGRE, lse_jGR = _attend(query_1GRE, key_YGtE, value_YGtE, tiles.own_bias_Y1Rt, scaling)
         else:
-            out_jGRE, lse_jGR = _own(query_QGgE, key_cache_SGE, value_cache_SGE, tiles, scaling)
+            out_jGRE, lse_jGR = _own(query_QGgE, key_YGtE, value_YGtE, tiles, scaling)
         if tiles.num_full:
-            key_jGtE, value_jGtE = (
-                _run(cache, part, tiles.num_full * TILE) for cache in (key_cache_SGE, value_cache_SGE)
-            )
+            count = tiles.num_full * TILE
+            key_jGtE, value_jGtE = (_first(cache, part, count) for cache in (key_cache_SGE, value_cache_SGE))
             out, lse = _attend(query_1GRE, key_jGtE, value_jGtE, tiles.full_bias_j1Rt, scaling)
             out_jGRE, lse_jGR = torch.cat([out, out_jGRE]), torch.cat([lse, lse_jGR])
         if tiles.is_empty_jR is not None:
@@ -115,7 +116,7 @@ def tree_attention_invariant(
     return outs[0] if len(outs) == 1 else torch.cat(outs)
 
 
-def _run(cache_SGE: Tensor, part: SequencePlan, count: int) -> Tensor:
+def _first(cache_SGE: Tensor, part: SequencePlan, count: int) -> Tensor:
     """A sequence's first `count` keys or values, in tiles: [j, G, t, E]."""
     if part.first_slot is None:
         assert part.slots is not None
@@ -127,22 +128,11 @@ def _tiled(states_TGE: Tensor) -> Tensor:
     return states_TGE.view(-1, TILE, *states_TGE.shape[1:]).transpose(1, 2)
 
 
-def _shared(
-    query_1GRE: Tensor, keys_SGE: Tensor, values_SGE: Tensor, tiles: PathTiles, scaling: float
-) -> tuple[Tensor, Tensor]:
-    """Tiles behind the full ones whose keys are everyone's: results [j, G, R, E] and log-sums [j, G, R]."""
-    slots = tiles.own_slots_Xjt.view(-1)
-    key_jGtE, value_jGtE = _tiled(keys_SGE.index_select(0, slots)), _tiled(values_SGE.index_select(0, slots))
-    return _attend(query_1GRE, key_jGtE, value_jGtE, tiles.own_bias_Y1Rt, scaling)
-
-
 def _own(
-    query_QGgE: Tensor, keys_SGE: Tensor, values_SGE: Tensor, tiles: PathTiles, scaling: float
+    query_QGgE: Tensor, key_YGtE: Tensor, value_YGtE: Tensor, tiles: PathTiles, scaling: float
 ) -> tuple[Tensor, Tensor]:
-    """The same where every query has keys of its own."""
+    """Tiles of which every query has its own: results [j, G, R, E] and log-sums [j, G, R]."""
     queries, count = tiles.own_slots_Xjt.shape[:2]
-    slots = tiles.own_slots_Xjt.view(-1)
-    key_YGtE, value_YGtE = _tiled(keys_SGE.index_select(0, slots)), _tiled(values_SGE.index_select(0, slots))
     query_YGgE = query_QGgE if count == 1 else query_QGgE.repeat_interleave(count, 0)
     out, lse = _attend(query_YGgE, key_YGtE, value_YGtE, tiles.own_bias_Y1Rt, scaling)
     out_jGRE = out.view(queries, count, *out.shape[1:]).permute(1, 2, 0, 3, 4).flatten(2, 3)
