@@ -438,6 +438,7 @@ class TrainingConfig:
     row_tokens: int = 2048
     rows_per_step: int = 1
     learning_rate: float = 1e-3
+    matrix_rate: float | None = None
     final_rate: float = 0.1
     warmup_steps: int = 0
     weight_decay: float = 0.0

@@ -404,7 +404,7 @@ def test_medusa_2_trains_heads_and_target(tiny, target, tmp_path: Path) -> None:
     trainer.run(Callbacks(on_row=rows.append))
     assert rows[1]["language"] < rows[0]["language"]
     assert any(not torch.equal(one, before[name]) for name, one in model.state_dict().items())
-    assert [group["lr"] for group in trainer._optimizer.param_groups] == [
+    assert [group["lr"] for group in trainer._optimizers[0].param_groups] == [
         pytest.approx(params.rate(7) * rate) for rate in (1e-3, 4e-3)
     ]
 

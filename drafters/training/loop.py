@@ -17,6 +17,7 @@ from torch import Tensor
 
 from specdec.drafters.training.interrupts import interrupted_after
 from specdec.drafters.training.objectives import Objective
+from specdec.drafters.training.optimizers import make_optimizers
 from specdec.drafters.training.params import TrainingParams
 from specdec.drafters.training.records import RecordSet, write_json
 from specdec.drafters.training.rows import Row, RowSchedule, plan_rows
@@ -85,10 +86,9 @@ class Trainer:
         self.objective, self.params, self.folder, self.accelerator = objective, params, Path(folder), accelerator
         self._states, self._data = states, data
         self._schedule = RowSchedule(data.lengths, params.row_tokens, params.rows_per_step, params.seed)
-        groups = objective.parameter_groups(params.learning_rate)
-        self._peaks = [group["lr"] for group in groups]
-        optimizer = torch.optim.AdamW(groups, betas=params.betas, weight_decay=params.weight_decay, fused=True)
-        self.module, self._optimizer = accelerator.prepare(objective, optimizer)
+        optimizers = make_optimizers(objective, params)
+        self._peaks = [[group["lr"] for group in one.param_groups] for one in optimizers]
+        self.module, *self._optimizers = accelerator.prepare(objective, *optimizers)
         fixed = {key: value for key, value in asdict(params).items() if key not in _FREE}
         self.progress = Progress(settings=json.loads(json.dumps({**settings, "data": data.fingerprint, **fixed})))
         if accelerator.is_main_process:
@@ -110,7 +110,7 @@ class Trainer:
                     self._train_step(progress.step, totals)
                     progress.step += 1
                 if self._is_due(params.log_every):
-                    rate = self._optimizer.param_groups[0]["lr"]
+                    rate = self._optimizers[0].param_groups[0]["lr"]
                     self._emit(calls, {"kind": "train", "learning_rate": rate, **totals.means(self.accelerator)})
                     totals = Totals()
                 self._evaluate_if_due(calls, held_out)
@@ -158,8 +158,9 @@ class Trainer:
         accelerator, objective = self.accelerator, self.objective
         objective.at_step(step)
         self.module.train()
-        for group, peak in zip(self._optimizer.param_groups, self._peaks, strict=True):
-            group["lr"] = peak * self.params.rate(step)
+        for optimizer, peaks in zip(self._optimizers, self._peaks, strict=True):
+            for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+                group["lr"] = peak * self.params.rate(step)
         plan = self._schedule.step(step)
         rows = [Row.of([self._data[i] for i in records], accelerator.device) for records in plan]
         # Every process counts every row, so the mean over all tokens of the step needs no communication.
@@ -173,8 +174,9 @@ class Trainer:
                 accelerator.backward(out["loss"] * (accelerator.num_processes / num_targets))
             totals.add(out)
         totals.add_grad_norm(float(accelerator.clip_grad_norm_(self.module.parameters(), self.params.max_grad_norm)))
-        self._optimizer.step()
-        self._optimizer.zero_grad()
+        for optimizer in self._optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
 
     def _states_of(self, data: RecordSet, records: list[int], row: Row) -> dict[int, Tensor]:
         layers = self.objective.layers

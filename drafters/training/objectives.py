@@ -42,6 +42,14 @@ class Objective(nn.Module):
     def parameter_groups(self, learning_rate: float) -> list[dict[str, Any]]:
         return [{"params": [one for one in self.parameters() if one.requires_grad], "lr": learning_rate}]
 
+    def matrices(self) -> list[nn.Parameter]:
+        """The weights of the linear layers within the head. LM heads are not among them: their rows are tokens, and an update
+        of equal size in all directions would move rare ones as much as frequent ones."""
+        config: Any = self.head.config
+        widths = {config.vocab_size, getattr(config, "draft_vocab_size", config.vocab_size)}
+        layers = [one for one in self.head.modules() if isinstance(one, nn.Linear) and one.out_features not in widths]
+        return [layer.weight for layer in layers if layer.weight.requires_grad]
+
     def at_step(self, step: int) -> None:
         """Called before each training step."""
 

@@ -12,13 +12,15 @@ class TrainingParams:
 
     The learning rate rises linearly over `warmup_steps` and falls as a cosine to `final_rate` of its peak. `eval_every` and
     `save_every` count steps (0: only at the end); after `patience` evaluations in a row without a better score, training
-    stops (0: never). Raises ValueError naming the value out of range.
+    stops (0: never). `matrix_rate` lets Muon train the matrices within the head's layers, at this peak rate (None: AdamW trains
+    everything). Raises ValueError naming the value out of range.
     """
 
     num_steps: int
     row_tokens: int = 2048
     rows_per_step: int = 1
     learning_rate: float = 1e-3
+    matrix_rate: float | None = None
     final_rate: float = 0.1
     warmup_steps: int = 0
     weight_decay: float = 0.0
@@ -37,6 +39,7 @@ class TrainingParams:
         checks |= {name: (getattr(self, name) >= 0, "an integer >= 0") for name in at_least_zero}
         checks |= {
             "learning_rate": (0 < self.learning_rate < math.inf, "a number > 0"),
+            "matrix_rate": (self.matrix_rate is None or 0 < self.matrix_rate < math.inf, "a number > 0, or null"),
             "final_rate": (0 <= self.final_rate <= 1, "in [0, 1]"),
             "weight_decay": (self.weight_decay >= 0, "a number >= 0"),
             "betas": (len(self.betas) == 2 and all(0 <= one < 1 for one in self.betas), "two numbers in [0, 1)"),
