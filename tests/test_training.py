@@ -307,21 +307,24 @@ class Stop(KeyboardInterrupt):
     pass
 
 
-@pytest.mark.parametrize("kind", ["medusa", "eagle1", "eagle3_reduced"])
-def test_a_stopped_training_goes_on_as_if_it_had_not_been(kind: str, target, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("kind", "rates"),
+    [("medusa", {}), ("eagle1", {}), ("eagle3_reduced", {}), ("eagle3_reduced", {"matrix_rate": 1e-2})],
+)
+def test_a_stopped_training_goes_on_as_if_it_had_not_been(kind: str, rates: dict, target, tmp_path: Path) -> None:
     data = make_data(tmp_path / "data", texts(30))
-    whole = make_trainer(kind, target, data, tmp_path / "whole")
+    whole = make_trainer(kind, target, data, tmp_path / "whole", **rates)
     whole.run(held_out=data)
 
     def stop(step: int) -> None:
         if step == 3:
             raise Stop
 
-    first = make_trainer(kind, target, data, tmp_path / "parts", eval_every=0)
+    first = make_trainer(kind, target, data, tmp_path / "parts", eval_every=0, **rates)
     with pytest.raises(Stop):
         first.run(Callbacks(on_step=stop))
     assert [one.name for one in checkpoints(tmp_path / "parts")] == ["step-3"]
-    again = make_trainer(kind, target, data, tmp_path / "parts")
+    again = make_trainer(kind, target, data, tmp_path / "parts", **rates)
     assert again.progress.step == 3
     again.run(held_out=data)
     assert again.progress == whole.progress
@@ -330,7 +333,17 @@ def test_a_stopped_training_goes_on_as_if_it_had_not_been(kind: str, target, tmp
     ):
         assert torch.equal(one, other), name
     with pytest.raises(ValueError, match=r"training with learning_rate=0\.01, not 0\.5"):
-        make_trainer(kind, target, data, tmp_path / "parts", learning_rate=0.5)
+        make_trainer(kind, target, data, tmp_path / "parts", **rates, learning_rate=0.5)
+
+
+def test_muon_moves_the_matrices_alone(target, tmp_path: Path) -> None:
+    data = make_data(tmp_path / "data", texts(30))
+    objective = make_objective("eagle3_reduced", target)
+    before = copy.deepcopy(objective.state_dict())
+    params = TrainingParams(num_steps=4, row_tokens=60, learning_rate=1e-9, matrix_rate=1e-2)
+    Trainer(objective, target, data, params, tmp_path / "run", {}, Accelerator(cpu=True)).run()
+    moved = {name for name, one in objective.state_dict().items() if not torch.allclose(one, before[name], atol=1e-6)}
+    assert moved == {name for name, one in before.items() if one.ndim == 2 and "lm_head" not in name}
 
 
 def test_a_stopped_evaluation_is_made_up_for(target, tmp_path: Path) -> None:
@@ -447,6 +460,7 @@ def test_targets_that_training_does_not_understand_are_refused(tiny) -> None:
     [
         ({"num_steps": 0}, "num_steps=0"),
         ({"learning_rate": -1.0}, "learning_rate=-1"),
+        ({"matrix_rate": 0.0}, "matrix_rate=0.0"),
         ({"betas": (1.0, 0.9)}, "betas"),
     ],
 )

@@ -42,7 +42,7 @@ class Objective(nn.Module):
     def parameter_groups(self, learning_rate: float) -> list[dict[str, Any]]:
         return [{"params": [one for one in self.parameters() if one.requires_grad], "lr": learning_rate}]
 
-    def matrices(self) -> list[nn.Parameter]:
+    def matrices(self) -> list[Tensor]:
         """The weights of the linear layers within the head. LM heads are not among them: their rows are tokens, and an update
         of equal size in all directions would move rare ones as much as frequent ones."""
         config: Any = self.head.config

@@ -9,8 +9,8 @@ from specdec.drafters.training.params import TrainingParams
 
 
 def make_optimizers(objective: Objective, params: TrainingParams) -> list[torch.optim.Optimizer]:
-    """AdamW for every trained parameter; with `matrix_rate` Muon for the head's matrices (Jordan et al. 2024, "Muon"), its updates scaled
-    to the size of AdamW's (Liu et al. 2025, "Muon is scalable for LLM training", section 2.2), and AdamW for the rest."""
+    """AdamW for every trained parameter; with `matrix_rate` Muon for the head's matrices (Jordan et al. 2024, "Muon"), updates
+    scaled to the size of AdamW's (Liu et al. 2025, "Muon is scalable for LLM training", section 2.2), AdamW for the rest."""
     groups = objective.parameter_groups(params.learning_rate)
     matrices = [] if params.matrix_rate is None else objective.matrices()
     taken = {id(one) for one in matrices}
