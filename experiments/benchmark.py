@@ -58,9 +58,10 @@ def run(config: BenchmarkConfig, command: str) -> int:
             SpecdecContender(name, one.engine(target, config.engine), {"system": "specdec", **one.labels})
             for name, one in {"specdec plain": plain_system(), **loaded}.items()
         ]
-        # transformers runs the weights in their plain layout, as it does for everybody.
-        theirs = load_target(replace(config.target, packed=False, self_check=False, numerics="fast"))
-        contenders += transformers_contenders(theirs, config.draft, config.target)
+        if config.transformers:
+            # transformers runs the weights in their plain layout, as it does for everybody.
+            theirs = load_target(replace(config.target, packed=False, self_check=False, numerics="fast"))
+            contenders += transformers_contenders(theirs, config.draft, config.target)
         common = _common_labels(config, target, chat, params)
         decoded = _measure(contenders, prompts, params, raw, common)
         rows = _rows(contenders, decoded, {**common, **provenance(command), "resumed_measurements": raw.num_resumed})
@@ -86,8 +87,11 @@ def _check_params(config: BenchmarkConfig) -> SamplingParams:
         )
     params = sampling_params(config.sampling)
     greedy = SamplingParams(seed=params.seed, max_new_tokens=params.max_new_tokens, ignore_eos=params.ignore_eos)
-    if params != greedy:
-        raise ValueError("the benchmark is greedy: of sampling only max_new_tokens and ignore_eos may be set")
+    if params != greedy and config.transformers:
+        raise ValueError(
+            "against transformers the benchmark is greedy, for it draws other tokens: set transformers=false, or of sampling "
+            "only max_new_tokens and ignore_eos"
+        )
     return replace(params, seed=params.with_seed())
 
 
@@ -99,6 +103,7 @@ def _common_labels(config: BenchmarkConfig, target: PagedModel, chat: bool, para
         "template": config.template,
         "chat": chat,
         "temperature": params.temperature,
+        "sampling_seed": params.seed,
         "max_new_tokens": params.max_new_tokens,
         "ignore_eos": params.ignore_eos,
         "batch_size": 1,
@@ -151,6 +156,7 @@ def _rows(
         runs, plain_runs = decoded[one.name], decoded[plain[one.labels["system"]]]
         num_tokens = sum(len(run.token_ids) for run in runs)
         tau = num_tokens / sum(run.num_target_forwards for run in runs)
+        theirs = decoded.get(plain.get("transformers", ""))
         speedup = _tokens_per_s(runs) / _tokens_per_s(plain_runs)
         phases = {name: sum(run.phases[name] for run in runs) for name in runs[0].phases}
         total = sum(phases.values())
@@ -164,12 +170,12 @@ def _rows(
                 "tokens_per_s": _tokens_per_s(runs),
                 "median_tokens_per_s": statistics.median(_tokens_per_s([run]) for run in runs),
                 "plain_tokens_per_s": _tokens_per_s(plain_runs),
-                "transformers_plain_tokens_per_s": _tokens_per_s(decoded[plain["transformers"]]),
+                "transformers_plain_tokens_per_s": None if theirs is None else _tokens_per_s(theirs),
                 "speedup": speedup,
                 "efficiency": speedup / tau,
                 "ttft_s": statistics.fmean(run.ttft_s for run in runs),
                 "same_text_as_plain": _share_equal(runs, plain_runs),
-                "same_text_as_transformers": _share_equal(runs, decoded[plain["transformers"]]),
+                "same_text_as_transformers": None if theirs is None else _share_equal(runs, theirs),
                 **{f"{name}_share": seconds / total for name, seconds in phases.items()},
                 **common,
             }

@@ -235,11 +235,13 @@ class ContenderConfig(SystemConfig):
 @dataclass
 class BenchmarkConfig(RunConfig):
     """`prompts` names the prompt set in rows (None: the file's name). An item of `systems` holds the overrides that one
-    would give to `generate`; `draft` is also the draft model of transformers' own assisted generation."""
+    would give to `generate`; `draft` is also the draft model of transformers' own assisted generation. `transformers` false
+    leaves out its contenders; any sampling goes then."""
 
     prompts: str | None = None
     systems: list[str] = MISSING
     draft: str | None = None
+    transformers: bool = True
     work_dir: str = MISSING
 
 

@@ -334,6 +334,17 @@ def test_benchmark_measures_every_system_and_resumes(run, model: str, monkeypatc
     assert rows[2]["tau"] > 1 and rows[2]["rule"] == "rejection" and rows[2]["policy"] == "chain(depth=5, kind=fixed)"
 
 
+def test_benchmark_samples_where_transformers_is_left_out(run) -> None:
+    Path("p.txt").write_text("abcabc\nxyz\n")
+    status, _, err, rows = run("benchmark", "prompt_file=p.txt", "transformers=false", "sampling.temperature=1.0")
+    assert status == 0, err
+    assert [(row["drafter"], row["temperature"], row["same_text_as_plain"]) for row in rows] == [
+        ("plain", 1.0, 1),
+        ("ngram", 1.0, 1),
+    ]
+    assert rows[1]["transformers_plain_tokens_per_s"] is None and rows[1]["plain_tokens_per_s"] > 0
+
+
 @pytest.mark.real_model
 def test_real_model_generates_the_plain_text_in_float32(capfd) -> None:
     words = [
