@@ -106,11 +106,14 @@ class SmallModelConfig(DrafterConfig):
 
 @dataclass
 class MedusaDrafterConfig(DrafterConfig):
-    """`path` is a checkpoint of heads in any known format."""
+    """`path` is a checkpoint of heads in any known format. `draft_vocab_size` and `token_frequencies`: see
+    `specdec.drafters.heads.frequencies.frequent_tokens`."""
 
     label: ClassVar[str] = "medusa"
     _target_: str = MISSING
     path: str | None = None
+    draft_vocab_size: int | None = None
+    token_frequencies: str | None = None
     policy: PolicyConfig = field(default_factory=PolicyConfig)
 
 

@@ -12,12 +12,15 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from specdec import cli
 from specdec.config import EngineConfig, compose, to_typed
 from specdec.drafters.heads.formats import load_head
+from specdec.drafters.heads.frequencies import FILE, FrequentTokens
 from specdec.drafters.training.cache import FeatureCache
 from specdec.drafters.training.records import Record, RecordSet, RecordWriter
 from specdec.drafters.training.rows import Row
 from specdec.drafters.training.target import TrainingTarget
+from specdec.drafters.training.vocabulary import most_frequent, token_counts
 from specdec.experiments.building import build
 from specdec.experiments.tau import held_out_prompts, measure_tau
+from specdec.loading import model_sizes
 from specdec.model import PagedModel
 from specdec.sampling import SamplingParams
 
@@ -90,6 +93,10 @@ def test_a_head_is_trained_saved_and_served(kind: str, train, model: str, data: 
     assert all(row["tau"] >= 1 and 0 <= row["accuracy_1"] <= 1 and row["loss"] > 0 for row in evals)
     assert rows[-1]["tau"] == max(row["tau"] for row in evals) and rows[-1]["command"].startswith("specdec train ")
     assert Path("run/rows.png").stat().st_size > 0 and "evaluations" in said
+    vocab_size = model_sizes(model).vocab_size
+    counts_V = token_counts(RecordSet(data, "train"), vocab_size)
+    wanted = most_frequent(counts_V, 20)
+    assert torch.equal(FrequentTokens(f"run/best/{FILE}", 20).ids(vocab_size), wanted)
     # The saved head, served by hand, has the tau that chose it.
     target = PagedModel.load("run/best/target" if kind == "medusa2" else model)
     policy = build(to_typed(compose("train", ["data=a", "folder=b"])).policy)
