@@ -1,5 +1,6 @@
 """Drafters, and the policies by which their trees grow."""
 
+from specdec.drafters.choices import static
 from specdec.drafters.coupled import Coupled
 from specdec.drafters.eagle import EagleDrafter
 from specdec.drafters.growth import Static, TopK
@@ -19,4 +20,5 @@ __all__ = [
     "Static",
     "TopK",
     "chain",
+    "static",
 ]

@@ -39,10 +39,17 @@ class RankAccuracies:
 
 
 def measure_accuracies(
-    drafter: Drafter, target: PagedModel, texts: Seq[Seq[int]], depth: int, num_ranks: int, stride: int = 1
+    drafter: Drafter,
+    target: PagedModel,
+    texts: Seq[Seq[int]],
+    depth: int,
+    num_ranks: int,
+    stride: int = 1,
+    first_roots: Seq[int] | None = None,
 ) -> RankAccuracies:
     """Leads a drafter that follows growing policies along `texts`, token ids that the target itself would write, all in one
     batch; every `stride`-th token is a root from which `depth` further tokens are looked for among its `num_ranks` best.
+    `first_roots` says per text where the first root may lie (None: at the second token), behind a prompt for instance.
 
     The target runs each text once and only for the drafter's features; `drafter` is bound to it afterwards. Raises
     ValueError for numbers below 1 and for texts that are too short to draft anything.
@@ -51,12 +58,15 @@ def measure_accuracies(
         raise ValueError(f"depth={depth}, num_ranks={num_ranks}, stride={stride} must be >= 1")
     if not any(len(text) > 2 for text in texts):
         raise ValueError("no text has three tokens: nothing can be drafted behind the second")
-    walk = _Walk(drafter, target, [text for text in texts if len(text) > 2], depth)
+    firsts = [1] * len(texts) if first_roots is None else [max(first, 1) for first in first_roots]
+    chosen = [(text, first) for text, first in zip(texts, firsts, strict=True) if len(text) > 2]
+    walk = _Walk(drafter, target, [text for text, _ in chosen], [first for _, first in chosen], depth)
     probe = _Probe(depth, num_ranks)
     try:
-        for root in range(1, max(map(len, texts)) - 1, stride):
-            walk.advance(root)
-            probe.look(walk, root)
+        for root in range(min(walk.first_roots), max(map(len, texts)) - 1, stride):
+            if walk.rows(root):
+                walk.advance(root)
+                probe.look(walk, root)
     finally:
         walk.close()
     return RankAccuracies(probe.hits_DR.tolist(), probe.counts_D.tolist())
@@ -67,7 +77,10 @@ class _Walk:
 
     _CHUNK = 512
 
-    def __init__(self, drafter: Drafter, target: PagedModel, texts: Seq[Seq[int]], depth: int) -> None:
+    def __init__(
+        self, drafter: Drafter, target: PagedModel, texts: Seq[Seq[int]], first_roots: list[int], depth: int
+    ) -> None:
+        self.first_roots = first_roots
         self.drafter, self.device, self.texts = drafter, target.device, [list(text) for text in texts]
         pool = PagePool(0)
         pool.grow(sum(pool.pages_for(len(text) + depth) for text in texts))
@@ -95,8 +108,8 @@ class _Walk:
         return target.forward([Segment(table, begin, tokens, positions)], cache, no_rows, layers).hidden
 
     def rows(self, root: int) -> list[int]:
-        """The texts that go on behind token `root`."""
-        return [i for i, text in enumerate(self.texts) if root + 1 < len(text)]
+        """The texts that go on behind token `root`, and whose first root is not behind it."""
+        return [i for i, text in enumerate(self.texts) if self.first_roots[i] <= root < len(text) - 1]
 
     def sequences(self, root: int) -> list[Sequence]:
         return [self._sequences[i] for i in self.rows(root)]

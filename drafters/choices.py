@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import heapq
+import json
 import math
 from collections.abc import Sequence as Seq
+from pathlib import Path
+
+from specdec.drafters.growth import Static
 
 
 def best_choices(accuracies: Seq[Seq[float]], total: int) -> list[list[int]]:
@@ -40,6 +44,22 @@ def expected_length(accuracies: Seq[Seq[float]], choices: Seq[Seq[int]]) -> floa
     if deepest > len(accuracies) or any(widest >= len(rates) for rates in accuracies):
         raise ValueError(f"choices reach depth {deepest} and rank {widest}; accuracies do not")
     return sum(math.prod(accuracies[depth][rank] for depth, rank in enumerate(path)) for path in choices)
+
+
+def static(choices: Seq[Seq[int]] | str) -> Static:
+    """The static tree of `choices`: rank paths, or a JSON file that holds them under that name, as `specdec accuracies`
+    writes it. Raises ValueError as `Static` does, and for a file that holds none."""
+    if not isinstance(choices, str):
+        return Static(choices)
+    try:
+        held = json.loads(Path(choices).expanduser().read_text(encoding="utf-8"))["choices"]
+        paths = [[int(rank) for rank in path] for path in held]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"choices={choices}: no JSON file with a list of rank paths under `choices` ({type(error).__name__}); "
+            f"`specdec accuracies` writes one"
+        ) from error
+    return Static(paths)
 
 
 def _check(accuracies: Seq[Seq[float]]) -> None:

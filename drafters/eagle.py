@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from specdec.drafters.heads.eagle import EagleHead
+from specdec.drafters.heads.frequencies import FrequentTokens, frequent_tokens
 from specdec.drafters.heads.source import HeadSource, resolve
 from specdec.drafters.levels import LevelRound, Span
 from specdec.drafters.network import NetworkDrafter, NextLogits, fitted
+from specdec.drafters.vocabulary import drafting
 from specdec.interfaces import Commit
 from specdec.kernels.tree_attention import tree_attention
 from specdec.kv_cache import KVCache, LayerShape
@@ -44,13 +46,14 @@ class EagleDrafter(NetworkDrafter):
 
     Its entry t reads the feature of token t and token t + 1. Final tokens are run with the target's own features, as the
     verifying forward gave them; drafted nodes with the head's own outputs in their place. What a tree left behind in the
-    slots is overwritten, never committed. Raises ValueError where head and target do not fit.
+    slots is overwritten, never committed. `tokens` are those it drafts from (None: all that the head knows). Raises
+    ValueError where head and target do not fit.
     """
 
     name = "eagle"
 
-    def __init__(self, head: EagleHead | HeadSource[EagleHead]) -> None:
-        self._source = head
+    def __init__(self, head: EagleHead | HeadSource[EagleHead], tokens: FrequentTokens | None = None) -> None:
+        self._source, self._tokens = head, tokens
         self.feature_layers: tuple[int, ...] = ()
         self._cache: KVCache | None = None
         self._states: dict[int, _State] = {}
@@ -59,7 +62,9 @@ class EagleDrafter(NetworkDrafter):
         self.head = resolve(self._source, target)
         check_fit(self.head, target)
         self.feature_layers = self.head.config.feature_layers
-        self._served = fitted(self.head, target, _run_once)
+        found = drafting(self.head, target, self._tokens)
+        self._served = fitted(found.head, target, _run_once)
+        self._lm_head, self._ids_R = found.lm_head, found.ids_R
         self.vocab_size, self.device = target.vocab_size, target.device
         self._target = target
         if self._cache is not None:
@@ -102,7 +107,7 @@ class EagleDrafter(NetworkDrafter):
     @torch.inference_mode()
     def answer(self, hidden_TD: Tensor) -> tuple[Tensor, Tensor | None]:
         """Logits [T, R] over the draft vocabulary, and its target ids where it is a part of the target's."""
-        return self._served.logits(hidden_TD, self._target.lm_head), self._served.draft_to_target_R
+        return self._served.logits(hidden_TD, self._lm_head), self._ids_R
 
     def _limit(self, sequence: Sequence) -> int:
         if sequence.id not in self._states:
@@ -166,10 +171,17 @@ def check_fit(head: EagleHead, target: PagedModel) -> None:
     raise ValueError(f"the EAGLE head is for {found} of target {target.name}: choose a head trained for this target")
 
 
-def load(path: str, layer_ids: str | None = None, norm_before_residual: bool | None = None) -> EagleDrafter:
-    """A drafter from a checkpoint of any known format; options as in `load_head`, whose errors it raises."""
-    options = {"layer_ids": layer_ids, "norm_before_residual": norm_before_residual}
-    return EagleDrafter(HeadSource(path, EagleHead, **options))
+def load(
+    path: str,
+    layer_ids: str | None = None,
+    norm_before_residual: bool | None = None,
+    draft_vocab_size: int | None = None,
+    token_frequencies: str | None = None,
+) -> EagleDrafter:
+    """A drafter from a checkpoint of any known format, over the `draft_vocab_size` most frequent tokens (None: all); options
+    as in `load_head` and `frequent_tokens`, whose errors it raises."""
+    source = HeadSource(path, EagleHead, layer_ids=layer_ids, norm_before_residual=norm_before_residual)
+    return EagleDrafter(source, frequent_tokens(source.folder, draft_vocab_size, token_frequencies))
 
 
 def _run_once(head: EagleHead) -> None:

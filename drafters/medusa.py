@@ -7,9 +7,11 @@ from collections.abc import Sequence as Seq
 import torch
 from torch import Tensor
 
+from specdec.drafters.heads.frequencies import FrequentTokens, frequent_tokens
 from specdec.drafters.heads.medusa import MedusaHeads
 from specdec.drafters.heads.source import HeadSource, resolve
 from specdec.drafters.network import NetworkDrafter, NetworkRound, NextLogits, fitted
+from specdec.drafters.vocabulary import drafting
 from specdec.interfaces import Commit
 from specdec.model import PagedModel
 from specdec.pages import PagePool
@@ -21,13 +23,13 @@ class MedusaDrafter(NetworkDrafter):
 
     The state of the token before the root gave the root itself; from the same state head i predicts the token i + 1 places
     behind it. So a law depends on the depth alone (and on drafted tokens through penalties), and trees end at the
-    number of heads. Raises ValueError where heads and target do not fit.
+    number of heads. `tokens` are those they draft from (None: all). Raises ValueError where heads and target do not fit.
     """
 
     name = "medusa"
 
-    def __init__(self, heads: MedusaHeads | HeadSource[MedusaHeads]) -> None:
-        self._source = heads
+    def __init__(self, heads: MedusaHeads | HeadSource[MedusaHeads], tokens: FrequentTokens | None = None) -> None:
+        self._source, self._tokens = heads, tokens
         self.feature_layers: tuple[int, ...] = ()
         self._states: dict[int, Tensor] = {}
 
@@ -43,8 +45,10 @@ class MedusaDrafter(NetworkDrafter):
                     f"Medusa heads for {what} {ours} do not fit target {target.name}, which has {theirs}: "
                     f"choose heads trained for this target"
                 )
-        self._served = fitted(self.heads, target, _run_once)
-        self.vocab_size, self.device, self._lm_head = target.vocab_size, target.device, target.lm_head
+        found = drafting(self.heads, target, self._tokens)
+        self._served = fitted(found.head, target, _run_once)
+        self._lm_head, self.ids_R = found.lm_head, found.ids_R
+        self.vocab_size, self.device = target.vocab_size, target.device
         self.feature_layers = (target.num_layers,)
         self._states.clear()
 
@@ -70,38 +74,43 @@ class MedusaDrafter(NetworkDrafter):
 
 
 class _MedusaRound(NetworkRound):
-    """One round: logits [H, B, V] of all heads that the tree may reach, computed at once."""
+    """One round: logits [H, B, R] of all heads that the tree may reach, computed at once."""
 
-    def __init__(self, drafter: MedusaDrafter, sequences: Seq[Sequence], limits: list[int], logits_HBV: Tensor) -> None:
+    def __init__(self, drafter: MedusaDrafter, sequences: Seq[Sequence], limits: list[int], logits_HBR: Tensor) -> None:
         super().__init__(drafter, sequences, limits)
-        self._logits_HBV = logits_HBV
+        self._logits_HBR, self.ids_R = logits_HBR, drafter.ids_R
 
     def expand_root(self) -> _MedusaNext:
-        return _MedusaNext(self, self._logits_HBV[0], 1)
+        return _MedusaNext(self, self._logits_HBR[0], 1)
 
     def expand(self, tokens_BW: Tensor, parents_BW: Tensor, depth: int) -> _MedusaNext:
-        return _MedusaNext(self, self._logits_HBV[depth], tokens_BW.shape[1])
+        return _MedusaNext(self, self._logits_HBR[depth], tokens_BW.shape[1])
 
 
 class _MedusaNext:
     """What one head says, for all W nodes of a level alike."""
 
-    def __init__(self, draft: _MedusaRound, logits_BV: Tensor, width: int) -> None:
-        self._draft, self._logits_B1V, self._width = draft, logits_BV[:, None], width
+    def __init__(self, draft: _MedusaRound, logits_BR: Tensor, width: int) -> None:
+        self._draft, self._logits_B1R, self._width = draft, logits_BR[:, None], width
 
     def top(self, k: int) -> tuple[Tensor, Tensor]:
-        tokens, logprobs = NextLogits(self._draft, self._logits_B1V).top(k)
+        tokens, logprobs = self._next(self._logits_B1R).top(k)
         return tokens.expand(-1, self._width, -1), logprobs.expand(-1, self._width, -1)
 
     def laws(self, paths_BWK: Tensor) -> Tensor:
         if self._draft.has_penalties:
-            return NextLogits(self._draft, self._logits_B1V.expand(-1, self._width, -1)).laws(paths_BWK)
-        return NextLogits(self._draft, self._logits_B1V).laws(paths_BWK[:, :1]).expand(-1, self._width, -1)
+            return self._next(self._logits_B1R.expand(-1, self._width, -1)).laws(paths_BWK)
+        return self._next(self._logits_B1R).laws(paths_BWK[:, :1]).expand(-1, self._width, -1)
+
+    def _next(self, logits_BWR: Tensor) -> NextLogits:
+        return NextLogits(self._draft, logits_BWR, self._draft.ids_R)
 
 
-def load(path: str) -> MedusaDrafter:
-    """A drafter from a checkpoint of any known format; raises what `load_head` does."""
-    return MedusaDrafter(HeadSource(path, MedusaHeads))
+def load(path: str, draft_vocab_size: int | None = None, token_frequencies: str | None = None) -> MedusaDrafter:
+    """A drafter from a checkpoint of any known format, over the `draft_vocab_size` most frequent tokens (None: all); raises
+    what `load_head` and `frequent_tokens` do."""
+    source = HeadSource(path, MedusaHeads)
+    return MedusaDrafter(source, frequent_tokens(source.folder, draft_vocab_size, token_frequencies))
 
 
 def _run_once(heads: MedusaHeads) -> None:

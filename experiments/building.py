@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from hydra.errors import InstantiationException
@@ -38,4 +39,7 @@ def describe(config: Any) -> str:
     """A policy or drafter in a word and its values, as result rows name it: `top_k(total=16, depth=5, k=4)`."""
     skipped = ("_target_", "policy", "path", "gguf_file", "dtype", "device")
     values = {key: value for key, value in asdict(config).items() if key not in skipped}
+    if isinstance(values.get("choices"), str):
+        # Of a file the name alone: rows hold no local paths.
+        values["choices"] = Path(values["choices"]).name
     return f"{config.label}({', '.join(f'{key}={value}' for key, value in values.items())})" if values else config.label

@@ -116,6 +116,7 @@ def check_draft(config: DrafterConfig) -> None:
 
 
 def drafter_label(config: DrafterConfig) -> str:
-    """What rows call the drafter: its kind, and its model's name where it has one."""
-    path = getattr(config, "path", None)
-    return config.label if path is None else f"{config.label}({model_name(path)})"
+    """What rows call the drafter: its kind, its model's name where it has one, and the part of the vocabulary it drafts."""
+    path, size = getattr(config, "path", None), getattr(config, "draft_vocab_size", None)
+    part = "" if size is None else f", draft_vocab_size={size}"
+    return config.label if path is None else f"{config.label}({model_name(path)}{part})"

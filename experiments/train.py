@@ -17,11 +17,13 @@ from torch import Tensor
 from specdec.attention import ATTENTION_NAME
 from specdec.config import Medusa2HeadConfig, TrainConfig
 from specdec.drafters.heads.formats import save_head
+from specdec.drafters.heads.frequencies import save_frequencies
 from specdec.drafters.training.cache import FeatureCache
 from specdec.drafters.training.joint import MedusaJointObjective
 from specdec.drafters.training.loop import Callbacks, Trainer
 from specdec.drafters.training.records import RecordSet
 from specdec.drafters.training.target import States, TrainingTarget
+from specdec.drafters.training.vocabulary import token_counts
 from specdec.experiments.building import build, sampling_params
 from specdec.experiments.system import load_target, target_name
 from specdec.experiments.tau import held_out_prompts, measure_tau
@@ -61,6 +63,7 @@ def run(config: TrainConfig, command: str) -> int:
         def keep_best(state: Mapping[str, Tensor]) -> None:
             best = Path(config.folder) / "best"
             save_head(_head_with(trainer, state), best, base_model=target_name(config.target))
+            save_frequencies(token_counts(train, target.vocab_size), best)
             if isinstance(trainer.objective, MedusaJointObjective):
                 trainer.objective.model.save_pretrained(best / "target")
                 if target.tokenizer is not None:

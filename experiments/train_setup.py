@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from specdec.config import (
+    AccuraciesConfig,
     Eagle1HeadConfig,
     Eagle3HeadConfig,
     HeadConfig,
@@ -75,7 +76,7 @@ def settings_of(config: TrainConfig, target_name: str) -> dict[str, Any]:
     }
 
 
-def data_folders(config: TrainConfig) -> list[str]:
+def data_folders(config: TrainConfig | AccuraciesConfig) -> list[str]:
     """Raises ValueError where `data` names none."""
     folders = [config.data] if isinstance(config.data, str) else config.data
     if not isinstance(folders, list) or not folders or not all(isinstance(one, str) for one in folders):

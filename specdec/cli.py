@@ -41,6 +41,7 @@ TEXT_KEYS: tuple[str, ...] = (
     "cache",
 )
 TEXT_KEYS += tuple(f"{node}.{key}" for node in ("target", "drafter") for key in ("path", "gguf_file", "name"))
+TEXT_KEYS += ("drafter.token_frequencies",)
 TEXT_KEYS += tuple(
     f"source.{key}" for key in ("prompt_file", "prompt_field", "template", "path", "data_files", "files")
 )

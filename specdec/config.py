@@ -47,7 +47,8 @@ class ChainConfig(PolicyConfig):
 @dataclass
 class StaticConfig(PolicyConfig):
     label: ClassVar[str] = "static"
-    choices: list[list[int]] = MISSING
+    # Rank paths, or the path of a file that holds them.
+    choices: Any = MISSING
 
 
 @dataclass
@@ -106,11 +107,14 @@ class SmallModelConfig(DrafterConfig):
 
 @dataclass
 class MedusaDrafterConfig(DrafterConfig):
-    """`path` is a checkpoint of heads in any known format."""
+    """`path` is a checkpoint of heads in any known format. `draft_vocab_size` and `token_frequencies`: see
+    `specdec.drafters.heads.frequencies.frequent_tokens`."""
 
     label: ClassVar[str] = "medusa"
     _target_: str = MISSING
     path: str | None = None
+    draft_vocab_size: int | None = None
+    token_frequencies: str | None = None
     policy: PolicyConfig = field(default_factory=PolicyConfig)
 
 
@@ -313,6 +317,24 @@ class AcceptanceConfig(RunConfig):
 
 
 @dataclass
+class AccuraciesConfig:
+    """How often the drafter's guesses are right on `limit` held-out records (None: all) of `data`, one folder or a list, and
+    the best static trees of `totals` nodes, roots included; see `specdec.drafters.accuracies.measure_accuracies`."""
+
+    target: TargetConfig = field(default_factory=TargetConfig)
+    drafter: DrafterConfig = field(default_factory=DrafterConfig)
+    draft: str | None = None
+    data: Any = MISSING
+    limit: int | None = MISSING
+    depth: int = MISSING
+    num_ranks: int = MISSING
+    stride: int = MISSING
+    batch_size: int = MISSING
+    totals: list[int] = MISSING
+    folder: str = MISSING
+
+
+@dataclass
 class SourceConfig:
     """Base of where training texts come from."""
 
@@ -478,6 +500,7 @@ class TrainConfig:
 
 SCHEMAS: dict[str, type] = {
     "acceptance": AcceptanceConfig,
+    "accuracies": AccuraciesConfig,
     "certify": CertifyConfig,
     "data": DataConfig,
     "inspect": HeadFilesConfig,

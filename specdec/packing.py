@@ -50,8 +50,27 @@ def set_invariant(model: nn.Module, is_invariant: bool) -> None:
         product.min_rows = least[shape] if is_invariant else None
 
 
+def linear_rows(linear: nn.Module, ids_R: Tensor) -> nn.Linear:
+    """A plain layer that computes some of a linear layer's outputs; that one may be packed.
+
+    Raises ValueError where it is of another kind, for it may then do more than multiply.
+    """
+    if isinstance(linear, PackedLinear):
+        weight_VD, bias_V = linear.plain()
+    elif type(linear) is nn.Linear:
+        weight_VD, bias_V = linear.weight, linear.bias
+    else:
+        raise ValueError(f"an LM head of type {type(linear).__name__} is no plain linear layer: it cannot be cut")
+    rows = nn.Linear(weight_VD.shape[1], len(ids_R), bias_V is not None, device="meta")
+    at = ids_R.to(weight_VD.device)
+    rows.weight = nn.Parameter(weight_VD.detach()[at], requires_grad=False)
+    if bias_V is not None:
+        rows.bias = nn.Parameter(bias_V.detach()[at], requires_grad=False)
+    return rows
+
+
 class PackedLinear(nn.Module):
-    """One linear layer of a shared product; its weight cannot be read back."""
+    """One linear layer of a shared product."""
 
     def __init__(self, product: _SharedProduct, index: int) -> None:
         super().__init__()
@@ -60,6 +79,10 @@ class PackedLinear(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         return self.product.output(input, self._index)
+
+    def plain(self) -> tuple[Tensor, Tensor | None]:
+        """Weight [out, in] and bias, unpacked: copies that take as much memory again."""
+        return self.product.plain(self._index)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, shared_by={len(self.product.sizes)}"
@@ -90,6 +113,10 @@ class _SharedProduct:
         if index == len(self.sizes) - 1:
             self._input, self._outputs = None, ()
         return out
+
+    def plain(self, index: int) -> tuple[Tensor, Tensor | None]:
+        weight = self._weight.to_dense().split(self.sizes)[index]
+        return weight, None if self._bias is None else self._bias.split(self.sizes)[index]
 
     def fewest_stable_rows(self) -> int:
         """The least number of rows from which on a row's bits do not depend on how many there are.

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 import random
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +15,7 @@ from head_cases import eagle_config, hidden_states, learn_eagle, learn_medusa
 from specdec import Engine, PagedModel, SamplingParams
 from specdec.drafters import EagleDrafter, MedusaDrafter, SmallModelDrafter, Static
 from specdec.drafters.accuracies import RankAccuracies, measure_accuracies
-from specdec.drafters.choices import best_choices, expected_length
+from specdec.drafters.choices import best_choices, expected_length, static
 from specdec.verifiers import Verifier
 
 TEXTS = [[3, 4, 5, 6, 3, 4, 5, 6, 3, 4, 5, 6], [9, 8, 7, 9, 8, 7, 9], [5, 5], [11, 12, 13]]
@@ -116,3 +118,27 @@ def test_numbers_below_one_are_refused(target, numbers: dict[str, int]) -> None:
         measure_accuracies(drafter, target, TEXTS, **({"depth": 1, "num_ranks": 1} | numbers))
     with pytest.raises(ValueError, match="no text has three tokens"):
         measure_accuracies(drafter, target, [[1, 2]], 1, 1)
+
+
+def test_roots_may_begin_behind_a_prompt(target) -> None:
+    drafter = SmallModelDrafter(target)
+    text = TEXTS[0]
+    found = measure_accuracies(drafter, target, [text, TEXTS[1]], 2, 3, first_roots=[8, 5])
+    # Roots 8..10 of twelve tokens and root 5 of seven.
+    assert found.counts == [4, 2]
+    whole = measure_accuracies(drafter, target, [text], 2, 3)
+    front = measure_accuracies(drafter, target, [text[:9]], 2, 3)
+    last = measure_accuracies(drafter, target, [text], 1, 3, first_roots=[8])
+    assert [a - b for a, b in zip(whole.hits[0], front.hits[0], strict=True)] == last.hits[0]
+
+
+def test_a_static_tree_comes_from_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "static-4.json"
+    file.write_text(json.dumps({"choices": [[0], [1], [0, 0]], "total": 4}))
+    assert static(str(file))._levels == static([[0], [1], [0, 0]])._levels
+    for content in ("{", "{}", "[]", '{"choices": 3}', '{"choices": [["a"]]}'):
+        file.write_text(content)
+        with pytest.raises(ValueError, match=r"static-4.json: no JSON file with a list of rank paths"):
+            static(str(file))
+    with pytest.raises(ValueError, match=r"no JSON file .*FileNotFoundError"):
+        static(str(tmp_path / "nowhere.json"))

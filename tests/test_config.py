@@ -34,6 +34,7 @@ FOLDERS = {
     "generate": ["output=rows.jsonl"],
     "benchmark": ["output=rows.jsonl", "work_dir=."],
     "acceptance": ["output=rows.jsonl", "work_dir=."],
+    "accuracies": ["data=data", "folder=trees"],
     "data": ["folder=data"],
     "train": ["data=data", "folder=heads"],
     "inspect": ["path=somewhere"],

@@ -138,7 +138,7 @@ def dense_weights(drafter: Drafter, target: PagedModel, tokens: list[int], path:
     """e to the draft logits behind `path`, with everything run from the start, without pages and trees."""
     states = hidden_states(target, tokens[:-1])
     if isinstance(drafter, MedusaDrafter):
-        return drafter.heads.logits(states[-1][-1:])[len(path), 0].double().exp()
+        return drafter.heads.logits(states[-1][-1:], target.lm_head)[len(path), 0].double().exp()
     assert isinstance(drafter, EagleDrafter)
     head, config = drafter.head, drafter.head.config
     features = head.fuse([states[layer] for layer in config.feature_layers])
@@ -265,7 +265,7 @@ MISTAKES = {
         "torch.cat([inherited, own], 2)",
         "torch.cat([inherited & False, own], 2)",
     ),
-    "draft ids for target ids": ("eagle_3", f"{EAGLE}.answer", "self._served.draft_to_target_R", "torch.arange(50)"),
+    "draft ids for target ids": ("eagle_3", f"{EAGLE}.answer", "self._ids_R", "torch.arange(50)"),
 }
 
 

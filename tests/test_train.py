@@ -11,13 +11,18 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 
 from specdec import cli
 from specdec.config import EngineConfig, compose, to_typed
-from specdec.drafters.heads.formats import load_head
+from specdec.drafters.choices import best_choices
+from specdec.drafters.heads import MedusaConfig, MedusaHeads
+from specdec.drafters.heads.formats import load_head, save_head
+from specdec.drafters.heads.frequencies import FILE, FrequentTokens
 from specdec.drafters.training.cache import FeatureCache
 from specdec.drafters.training.records import Record, RecordSet, RecordWriter
 from specdec.drafters.training.rows import Row
 from specdec.drafters.training.target import TrainingTarget
+from specdec.drafters.training.vocabulary import most_frequent, token_counts
 from specdec.experiments.building import build
 from specdec.experiments.tau import held_out_prompts, measure_tau
+from specdec.loading import model_sizes
 from specdec.model import PagedModel
 from specdec.sampling import SamplingParams
 
@@ -90,6 +95,10 @@ def test_a_head_is_trained_saved_and_served(kind: str, train, model: str, data: 
     assert all(row["tau"] >= 1 and 0 <= row["accuracy_1"] <= 1 and row["loss"] > 0 for row in evals)
     assert rows[-1]["tau"] == max(row["tau"] for row in evals) and rows[-1]["command"].startswith("specdec train ")
     assert Path("run/rows.png").stat().st_size > 0 and "evaluations" in said
+    vocab_size = model_sizes(model).vocab_size
+    counts_V = token_counts(RecordSet(data, "train"), vocab_size)
+    wanted = most_frequent(counts_V, 20)
+    assert torch.equal(FrequentTokens(f"run/best/{FILE}", 20).ids(vocab_size), wanted)
     # The saved head, served by hand, has the tau that chose it.
     target = PagedModel.load("run/best/target" if kind == "medusa2" else model)
     policy = build(to_typed(compose("train", ["data=a", "folder=b"])).policy)
@@ -168,6 +177,44 @@ def test_a_cache_is_filled_where_it_was_left(tiny, tmp_path: Path) -> None:
     assert sum(file.stat().st_size for file in Path("cache").glob("*.safetensors")) < 1.2 * again.num_bytes + 3000
     with pytest.raises(ValueError, match=r"layers=\[0, 2\], not \[1\]"):
         FeatureCache("cache", everything, (1,), **options)
+
+
+def test_accuracies_give_trees_that_serve(model: str, data: str, tiny, capfd: pytest.CaptureFixture[str]) -> None:
+    target = PagedModel.load(model)
+    heads = MedusaHeads.initial(MedusaConfig(target.hidden_size, target.vocab_size, 2, has_own_lm_head=False))
+    save_head(heads, "head")
+    fixed = ["target=hf", f"target.path={model}", "drafter=medusa", "draft=head"]
+    words = ["accuracies", *fixed, f"data={data}", "folder=trees", "limit=5", "batch_size=2", "totals=[4,9]"]
+    assert cli.main(words) == 0
+    said = capfd.readouterr().out
+    assert "best static trees" in said and "drafter.policy.choices=trees/static-N.json" in said
+    first, held = Path("trees/static-9.json").read_text(), json.loads(Path("trees/static-9.json").read_text())
+    assert held["num_records"] == 5 and len(held["choices"]) <= 8 and held["counts"][0] >= held["counts"][1] > 0
+    assert held["choices"] == best_choices(held["accuracies"], 9) and held["target"] == "target"
+    # What was counted is not counted again.
+    rows = Path("trees/raw.jsonl").read_text()
+    assert cli.main(words) == 0 and Path("trees/raw.jsonl").read_text() == rows and len(rows.splitlines()) == 3
+    assert json.loads(first)["choices"] == json.loads(Path("trees/static-9.json").read_text())["choices"]
+    capfd.readouterr()
+    serve = ["generate", *fixed, "drafter/policy=static", "drafter.policy.choices=trees/static-4.json", "prompt=abc"]
+    assert cli.main([*serve, "sampling.max_new_tokens=4", "output=rows.jsonl"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "part"),
+    [
+        (["drafter=ngram"], "drafter=ngram has no network"),
+        ([], "give draft="),
+        (["draft=head", "totals=[1]"], "totals=[1]"),
+        (["draft=head", "stride=0"], "stride=0"),
+        (["draft=head", "data=nowhere"], "nowhere has no manifest.json"),
+    ],
+)
+def test_what_accuracies_cannot_do_is_one_line(words: list[str], part: str, data: str, capfd) -> None:
+    given = [] if any(word.startswith("data=") for word in words) else [f"data={data}"]
+    assert cli.main(["accuracies", "folder=trees", *given, *words]) == 2
+    said = capfd.readouterr().err
+    assert part in said and said.strip().count("\n") == 0
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from torch import nn
@@ -25,7 +26,9 @@ class HeadSource(Generic[HeadT]):
 
     def __init__(self, path: str, kind: type[HeadT], **options: Any) -> None:
         self.path, self._kind, self._options = path, kind, options
-        self._checkpoint: Checkpoint | None = read_checkpoint(path)
+        checkpoint = read_checkpoint(path)
+        self.folder: Path = checkpoint.files[0].parent
+        self._checkpoint: Checkpoint | None = checkpoint
         self._read: tuple[PagedModel, HeadT] | None = None
 
     def head(self, target: PagedModel) -> HeadT:
