@@ -8,7 +8,7 @@ from pathlib import Path
 from specdec.config import ExportConfig
 from specdec.drafters.heads.formats import FORMATS, export_head, inspect_head
 from specdec.experiments.head_table import print_report
-from specdec.loading import model_sizes
+from specdec.loading import DTYPES, model_sizes
 
 
 def run(config: ExportConfig, command: str) -> int:
@@ -18,6 +18,8 @@ def run(config: ExportConfig, command: str) -> int:
     """
     if config.format not in FORMATS:
         raise ValueError(f"format={config.format} is unknown; use one of {', '.join(FORMATS)}")
+    if config.dtype != "auto" and config.dtype not in DTYPES:
+        raise ValueError(f"dtype={config.dtype} is unknown; use auto, {', '.join(DTYPES)}")
     output = Path(config.output).expanduser()
     if output.is_file() or (output.is_dir() and any(output.iterdir())):
         raise ValueError(f"output={config.output} is not empty; name a new folder")
@@ -30,6 +32,7 @@ def run(config: ExportConfig, command: str) -> int:
         layer_ids=config.layer_ids,
         norm_before_residual=config.norm_before_residual,
         base_model=config.base_model,
+        dtype=DTYPES.get(config.dtype),
     )
     report = inspect_head(written, target)
     print_report(report, config.model)

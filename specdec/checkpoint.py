@@ -19,7 +19,7 @@ from torch import Tensor
 
 from specdec.loading import first_line, one_line
 
-_PLACES = "give a checkpoint folder, a *.safetensors, *.bin or *.pt file, or a hub id (owner/name)"
+_PLACES = "give a checkpoint folder, a *.safetensors, *.bin or *.pt file, a hub id (owner/name), or the name of a shipped head"
 _PICKLES = (".bin", ".pt", ".pth")
 _SUFFIXES = (".safetensors", *_PICKLES)
 # Where a folder holds several, the first one found is read: safetensors cannot run code and load faster.
@@ -32,6 +32,7 @@ _WEIGHTS = (
     "medusa_lm_head.pt",
 )
 _CONFIG = "config.json"
+_SHIPPED = Path(__file__).parent / "heads"
 
 
 class DamagedCheckpointError(ValueError):
@@ -48,8 +49,13 @@ class Checkpoint:
     config: Mapping[str, Any]
 
 
+def shipped_heads() -> list[str]:
+    """Names of the heads that come with the project, for its default model; each can be read by its name alone."""
+    return sorted(folder.name for folder in _SHIPPED.glob("*/") if (folder / _CONFIG).is_file())
+
+
 def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
-    """Reads a folder, a weight file (with the config.json beside it) or a hub id; tensors stay on the CPU, as stored.
+    """Reads a folder, a weight file (with the config.json beside it), a shipped head or a hub id; tensors stay on the CPU.
 
     Pickled files are read with `weights_only`, so they cannot run code. Raises FileNotFoundError where there is nothing,
     ValueError where a folder holds no weights or the hub does not give them, DamagedCheckpointError, which names the file,
@@ -101,8 +107,10 @@ def write_checkpoint(
 
 
 def _locate(path: str) -> Path:
-    """The local file or folder; a hub id is downloaded."""
+    """The local file or folder, or one of the heads that come with the project; a hub id is downloaded."""
     local = Path(path).expanduser()
+    if path in shipped_heads() and not local.exists():
+        return _SHIPPED / path
     if local.is_dir() and path.strip():
         return local
     if local.is_file():

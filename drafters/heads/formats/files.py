@@ -81,14 +81,17 @@ def export_head(
     layer_ids: str | None = None,
     norm_before_residual: bool | None = None,
     base_model: str | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Path:
     """Writes the head at `path` once more, in another format, into the folder `output`; returns the weight file.
 
-    As `load_head` and `save_head`, without the network in between. `base_model` None keeps the name that `path` gives.
+    As `load_head` and `save_head`, without the network in between. `base_model` None keeps the name that `path` gives, `dtype`
+    None the numbers as stored.
     """
     found = describe(read_checkpoint(path), Options(target, layer_ids, norm_before_residual))
     _check_format(format, found.drafter)
-    return _write(_config_of(found, path), found.tensors, output, format, base_model or found.base_model, target)
+    tensors = {name: one.to(dtype) if one.is_floating_point() else one for name, one in found.tensors.items()}
+    return _write(_config_of(found, path), tensors, output, format, base_model or found.base_model, target)
 
 
 def describe(checkpoint: Checkpoint, options: Options) -> Description:
