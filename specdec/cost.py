@@ -1,0 +1,187 @@
+"""What a step costs: seconds of the target's forward and of a draft as functions of their sizes, fitted and kept true."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence as Seq
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class TargetSize:
+    """What a forward of the target computes: packed tokens, sequences, and the tokens before them summed over sequences."""
+
+    num_rows: int
+    num_sequences: int = 1
+    context: int = 0
+
+
+@dataclass(frozen=True)
+class DraftSize:
+    """What drafting computes: levels one after another, nodes run on all of them, final tokens caught up with."""
+
+    num_levels: int
+    num_nodes: int
+    num_caught_up: int = 0
+
+
+@dataclass(frozen=True)
+class TargetCost:
+    """Seconds of a step without its draft: linear between the `knots` (numbers of rows), plus what further sequences, tokens
+    before and (row, token before) pairs cost."""
+
+    knots: tuple[int, ...]
+    seconds: tuple[float, ...]
+    per_sequence: float = 0.0
+    per_context: float = 0.0
+    per_pair: float = 0.0
+
+    @staticmethod
+    def fit(measured: Seq[tuple[TargetSize, float]]) -> TargetCost:
+        """The least relative squares over all measurements with every coefficient >= 0, so more never costs less."""
+        if not measured:
+            raise ValueError("no step was measured: a cost model needs at least one forward of the target")
+        knots = tuple(sorted({size.num_rows for size, _ in measured}))
+        features = [
+            [1.0, *_steps(knots, size.num_rows), size.num_sequences - 1, size.context, _pairs(size)]
+            for size, _ in measured
+        ]
+        first, *rest = _non_negative_fit(features, [seconds for _, seconds in measured])
+        curve = [first]
+        for step in rest[:-3]:
+            curve.append(curve[-1] + step)
+        return TargetCost(knots, tuple(curve), *rest[-3:])
+
+    def predict(self, rows_C: Tensor, num_sequences: int, context: int) -> Tensor:
+        """Seconds [C] for each number of rows; beyond the last knot the line goes on."""
+        pairs_C = rows_C * (context / max(num_sequences, 1))
+        extra = self.per_sequence * (num_sequences - 1) + self.per_context * context
+        return interpolate(self.knots, self.seconds, rows_C) + extra + self.per_pair * pairs_C
+
+
+@dataclass(frozen=True)
+class DraftCost:
+    """Seconds of drafting anything at all, and per level, node run and token caught up with."""
+
+    fixed: float
+    per_level: float = 0.0
+    per_node: float = 0.0
+    per_caught_up: float = 0.0
+
+    @staticmethod
+    def fit(measured: Seq[tuple[DraftSize, float]]) -> DraftCost:
+        if not measured:
+            raise ValueError("no draft was measured: a cost model needs at least one")
+        features = [[1.0, size.num_levels, size.num_nodes, size.num_caught_up] for size, _ in measured]
+        return DraftCost(*_non_negative_fit(features, [seconds for _, seconds in measured]))
+
+    def predict(self, levels_C: Tensor, nodes_C: Tensor, caught_up_C: Tensor) -> Tensor:
+        """Seconds [C]; nothing where no level is drafted."""
+        seconds = self.fixed + self.per_level * levels_C + self.per_node * nodes_C + self.per_caught_up * caught_up_C
+        return torch.where(levels_C > 0, seconds, 0.0)
+
+
+class CostModel:
+    """Calibrated costs, corrected by what steps are seen to take.
+
+    Three corrections, all factors: one for the machine as it runs now, one per knot of the target's curve (acceptance and
+    bookkeeping, which calibration may not see, grow with the tree), one for drafts against the target. The first moves
+    fast, the others slowly; a single step moves none by much.
+    """
+
+    _CLIP = 0.5
+    _DRIFT, _BEND, _DRAFT = 0.1, 0.05, 0.05
+
+    def __init__(self, target: TargetCost, draft: DraftCost) -> None:
+        self.target, self.draft = target, draft
+        self._drift = self._draft_bend = 0.0
+        self._bend_K = [0.0] * len(target.knots)
+
+    def step_s(self, rows_C: Tensor, num_sequences: int, context: int) -> Tensor:
+        """Seconds [C] of a step without its draft, for each number of rows."""
+        bend_C = interpolate(self.target.knots, self._bend_K, rows_C, go_on=False)
+        return self.target.predict(rows_C, num_sequences, context) * (self._drift + bend_C).exp()
+
+    def draft_s(self, levels_C: Tensor, nodes_C: Tensor, caught_up_C: Tensor) -> Tensor:
+        """Seconds [C] of drafting."""
+        return self.draft.predict(levels_C, nodes_C, caught_up_C) * math.exp(self._drift + self._draft_bend)
+
+    def observe_step(self, size: TargetSize, seconds: float) -> None:
+        """A step of this size took `seconds` beside its draft."""
+        rows_C = torch.tensor([size.num_rows], dtype=torch.float64)
+        error = self._error(seconds, float(self.step_s(rows_C, size.num_sequences, size.context)))
+        self._drift += self._DRIFT * error
+        for knot, weight in enumerate(_hats(self.target.knots, size.num_rows)):
+            self._bend_K[knot] += self._BEND * weight * error
+
+    def observe_draft(self, size: DraftSize, seconds: float) -> None:
+        """A draft of this size took `seconds`."""
+        sizes = (torch.tensor([n], dtype=torch.float64) for n in (size.num_levels, size.num_nodes, size.num_caught_up))
+        self._draft_bend += self._DRAFT * self._error(seconds, float(self.draft_s(*sizes)))
+
+    def _error(self, seconds: float, predicted: float) -> float:
+        """How far the logarithm is off; a pause of the machine counts as no more than a moderate error."""
+        if seconds <= 0 or predicted <= 0:
+            return 0.0
+        return min(max(math.log(seconds / predicted), -self._CLIP), self._CLIP)
+
+    def to_json(self) -> str:
+        """The calibrated costs, without what was seen since."""
+        return json.dumps({"target": asdict(self.target), "draft": asdict(self.draft)})
+
+    @staticmethod
+    def from_json(text: str) -> CostModel:
+        """Raises ValueError for a text that `to_json` did not write."""
+        try:
+            read: dict[str, dict[str, Any]] = json.loads(text)
+            target = {key: tuple(v) if isinstance(v, list) else float(v) for key, v in read["target"].items()}
+            return CostModel(TargetCost(**target), DraftCost(**read["draft"]))  # type: ignore[arg-type]
+        except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+            raise ValueError(f"no cost model: {error!r}") from error
+
+
+def interpolate(knots: Seq[int], values: Seq[float], at_C: Tensor, go_on: bool = True) -> Tensor:
+    """Piecewise linear through (knots, values); outside, the last line goes on or the end value stays."""
+    if len(knots) == 1:
+        # Of a single size nothing is known about another: costs are taken to be constant.
+        return torch.full_like(at_C, values[0])
+    knots_K, values_K = (torch.tensor(list(one), dtype=torch.float64) for one in (knots, values))
+    left = (torch.searchsorted(knots_K, at_C.contiguous(), right=True) - 1).clamp(0, len(knots) - 2)
+    share = (at_C - knots_K[left]) / (knots_K[left + 1] - knots_K[left])
+    share = share.clamp_min(0) if go_on else share.clamp(0, 1)
+    return values_K[left] + share * (values_K[left + 1] - values_K[left])
+
+
+def _steps(knots: Seq[int], rows: int) -> list[float]:
+    """How far each interval between knots is passed at `rows`, from 0 to 1."""
+    return [min(max((rows - a) / (b - a), 0.0), 1.0) for a, b in zip(knots, knots[1:], strict=False)]
+
+
+def _hats(knots: Seq[int], rows: int) -> list[float]:
+    """The weight of each knot in the interpolation at `rows`."""
+    steps = [1.0, *_steps(knots, rows), 0.0]
+    return [steps[i] - steps[i + 1] for i in range(len(knots))]
+
+
+def _pairs(size: TargetSize) -> float:
+    return size.num_rows * size.context / max(size.num_sequences, 1)
+
+
+def _non_negative_fit(features: Seq[Seq[float]], seconds: Seq[float], sweeps: int = 3000) -> list[float]:
+    """argmin of the squared relative errors over coefficients >= 0, by coordinate descent."""
+    a = torch.tensor([[one / s for one in row] for row, s in zip(features, seconds, strict=True)], dtype=torch.float64)
+    scale = a.abs().amax(0).clamp_min(1e-300)
+    a = a / scale
+    gram, wanted = (a.T @ a).tolist(), a.sum(0).tolist()
+    x = [0.0] * len(wanted)
+    for _ in range(sweeps):
+        for i, row in enumerate(gram):
+            if row[i] > 0:
+                rest = sum(g * v for g, v in zip(row, x, strict=True)) - row[i] * x[i]
+                x[i] = max((wanted[i] - rest) / row[i], 0.0)
+    return [value / s for value, s in zip(x, scale.tolist(), strict=True)]
