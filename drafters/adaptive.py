@@ -7,12 +7,13 @@ import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from specdec.cost import CostModel, DraftSize, TargetSize
-from specdec.drafters.choosing import Choice, Load, Options, choose, instead, keep_best
-from specdec.drafters.outlook import RequestRecord, outlook_for
+from specdec.drafters.choosing import Choice, Ints, Load, Options, choose, instead, keep_best
+from specdec.drafters.outlook import Outcome, RequestRecord, Scores, outlook_for
 from specdec.drafters.pruning import prune, shallower
 from specdec.interfaces import Drafter, Noise, TreePolicy, Verdict
 from specdec.scheduler import Plan
@@ -48,7 +49,7 @@ class _Step:
     """What `learn` must know of the step that was proposed."""
 
     sequences: list[Sequence]
-    tree: TokenTree | None
+    scores: Scores | None
     depths: list[int]
     option: int
     load: Load
@@ -84,9 +85,9 @@ class AdaptiveSpeculation:
         self._savings = dict.fromkeys(self._KINDS, 0.0)
         self._last: _Step | None = None
         share = (policy.max_expanded - 1) / max(policy.max_depth - 1, 1)
-        levels = torch.arange(policy.max_depth + 1, dtype=torch.float64)
+        levels = np.arange(policy.max_depth + 1)
         # The root is run once; the levels behind it are taken to be alike.
-        self._expanded_D = torch.where(levels > 0, 1 + (levels - 1) * share, 0.0)
+        self._expanded_D = np.where(levels > 0, 1 + (levels - 1) * share, 0.0)
 
     def propose(self, step: Plan, drafter: Drafter, policy: TreePolicy, noise: Noise) -> TokenTree:
         """Trees for `step.drafting`. Raises ValueError for another policy than the one that this was made for."""
@@ -97,16 +98,16 @@ class AdaptiveSpeculation:
         load = _load(step)
         options = self._options(sequences, records)
         choice = self._look_elsewhere(options, load, choose(options, load, self.costs))
-        depths = choice.depths_B.tolist()
+        depths: list[int] = choice.depths_B.tolist()
         start = self._clock()
-        drafted, tree = self._draft(sequences, records, depths, choice, load, drafter, noise)
+        scores, tree = self._draft(sequences, records, depths, choice, load, drafter, noise)
         seconds = self._clock() - start
-        lived = [one for one, depth in zip(options.caught_up_B.tolist(), depths, strict=True) if depth]
-        size = DraftSize(max(depths), round(float(self._expanded_D[choice.depths_B].sum())), round(sum(lived)))
+        caught_up = float(options.caught_up_B[choice.depths_B > 0].sum())
+        size = DraftSize(max(depths), round(float(self._expanded_D[choice.depths_B].sum())), round(caught_up))
         for one, record, depth in zip(sequences, records, depths, strict=True):
             record.drafted_len = len(one.token_ids) if depth else record.drafted_len
-        self._last = _Step(sequences, drafted, depths, choice.option, load, size, seconds)
-        self._count(depths, drafted, tree)
+        self._last = _Step(sequences, scores, depths, choice.option, load, size, seconds)
+        self._count(depths, scores, tree)
         return tree
 
     def learn(self, step: Plan, tree: TokenTree | None, verdict: Verdict, seconds: float) -> None:
@@ -120,19 +121,14 @@ class AdaptiveSpeculation:
             earned = self._savings[kind] + self._explore * seconds / len(self._KINDS)
             # Saved time must not turn into a row of steps that all look elsewhere.
             self._savings[kind] = min(earned, 2 * seconds)
-        if last.tree is None:
+        if not any(last.depths):
             return
         self.costs.observe_draft(last.draft, last.draft_s)
-        rows_drafted = [row for row, depth in enumerate(last.depths) if depth]
-        records = [self._records[last.sequences[row]] for row in rows_drafted]
-        self._outlook.learn(
-            _select(last.tree, rows_drafted),
-            records,
-            [last.depths[row] for row in rows_drafted],
-            last.option,
-            [verdict.tokens[row] for row in rows_drafted],
-            [len(verdict.paths[row]) - 1 for row in rows_drafted],
-        )
+        records = [self._records[one] for one in last.sequences]
+        outcomes = [
+            Outcome(depth, verdict.tokens[row], len(verdict.paths[row]) - 1) for row, depth in enumerate(last.depths)
+        ]
+        self._outlook.learn(last.scores, records, last.option, outcomes)
 
     def _options(self, sequences: list[Sequence], records: list[RequestRecord]) -> Options:
         gain_BDO, nodes_BDO = self._outlook.promise(records)
@@ -142,8 +138,8 @@ class AdaptiveSpeculation:
             nodes_BDO,
             self._outlook.price_O,
             self._expanded_D,
-            torch.tensor(behind, dtype=torch.float64),
-            torch.tensor([min(one.max_draft_depth, self._policy.max_depth) for one in sequences]),
+            np.array(behind, dtype=float),
+            np.array([min(one.max_draft_depth, self._policy.max_depth) for one in sequences]),
         )
 
     def _look_elsewhere(self, options: Options, load: Load, choice: Choice) -> Choice:
@@ -162,22 +158,22 @@ class AdaptiveSpeculation:
                     return other
         return choice
 
-    def _elsewhere(self, kind: str, options: Options, choice: Choice) -> list[tuple[Tensor, int]]:
+    def _elsewhere(self, kind: str, options: Options, choice: Choice) -> list[tuple[Ints, int]]:
         depths_B, limits_B = choice.depths_B, options.limits_B
-        cheapest = 0
+        is_drafting, narrowest = bool(depths_B.any()), 0
         if kind == "wake":
             asleep_B = (depths_B == 0) & (limits_B > 0)
-            if not bool(asleep_B.any()):
+            if not asleep_B.any():
                 return []
-            option = choice.option if bool((depths_B > 0).any()) else cheapest
             # All of them, or else the one that has slept longest.
-            longest = torch.where(asleep_B, options.caught_up_B, -1.0).argmax()
-            alone_B = asleep_B & (torch.arange(len(asleep_B)) == longest)
-            return [(torch.where(who_B, 1, depths_B), option) for who_B in (asleep_B, alone_B)]
+            longest = np.where(asleep_B, options.caught_up_B, -1.0).argmax()
+            alone_B = asleep_B & (np.arange(len(asleep_B)) == longest)
+            option = choice.option if is_drafting else narrowest
+            return [(np.where(who_B, 1, depths_B), option) for who_B in (asleep_B, alone_B)]
         if kind == "deepen":
-            deeper_B = torch.where(depths_B > 0, limits_B, 0)
-            return [(deeper_B, choice.option)] if bool((deeper_B > depths_B).any()) else []
-        return [(torch.zeros_like(depths_B), cheapest)] if bool((depths_B > 0).any()) else []
+            deeper_B = np.where(depths_B > 0, limits_B, 0)
+            return [(deeper_B, choice.option)] if (deeper_B > depths_B).any() else []
+        return [(np.zeros_like(depths_B), narrowest)] if is_drafting else []
 
     def _draft(
         self,
@@ -188,34 +184,34 @@ class AdaptiveSpeculation:
         load: Load,
         drafter: Drafter,
         noise: Noise,
-    ) -> tuple[TokenTree | None, TokenTree]:
-        """The trees as drafted (None: nothing was) and as they are verified."""
+    ) -> tuple[Scores | None, TokenTree]:
+        """The drafted trees as they were scored and as they are verified."""
         if not any(depths):
-            roots = torch.tensor([one.root for one in sequences], device=self._device)
-            return None, TokenTree.roots(roots)
-        grown: list[TokenTree] = []
+            return None, TokenTree.roots(torch.tensor([one.root for one in sequences], device=self._device))
+        scored: list[Scores] = []
 
-        def keep(tree: TokenTree) -> Tensor:
-            grown.append(tree)
-            probs_BN = self._outlook.probs(tree, records)
-            allowed_BN = tree.depth_BN.cpu() <= torch.tensor(depths)[:, None]
-            return keep_best(probs_BN * allowed_BN, load, self.costs, choice.rate)
+        def keep(tree: TokenTree) -> Tensor | None:
+            scores = self._outlook.score(tree, records)
+            if scores is None:
+                return None
+            scored.append(scores)
+            allowed_BN = scores.depth_BN <= choice.depths_B[:, None]
+            return torch.from_numpy(keep_best(scores.probs_BN * allowed_BN, load, self.costs, choice.rate))
 
-        can_prune = self._outlook.can_prune
-        policy = shallower(self._outlook.policies[choice.option], depths, keep if can_prune else None)
+        policy = shallower(self._outlook.policies[choice.option], depths, keep)
         tree = drafter.propose(sequences, policy, noise)
-        if can_prune and not policy.was_grown:
-            tree = prune(tree, keep(tree)).tree
-        return (grown[0] if grown else tree), tree
+        if not policy.was_grown and (kept := keep(tree)) is not None:
+            tree = prune(tree, kept).tree
+        return (scored[0] if scored else None), tree
 
-    def _count(self, depths: list[int], drafted: TokenTree | None, tree: TokenTree) -> None:
+    def _count(self, depths: list[int], scores: Scores | None, tree: TokenTree) -> None:
         nodes = int(tree.num_nodes_B.sum()) - tree.batch_size
         self.counts.num_rows += len(depths)
         self.counts.num_drafted += sum(depth > 0 for depth in depths)
         self.counts.num_levels += sum(depths)
         self.counts.num_nodes += nodes
-        if drafted is not None:
-            self.counts.num_pruned += int(drafted.num_nodes_B.sum()) - drafted.batch_size - nodes
+        if scores is not None:
+            self.counts.num_pruned += int((scores.depth_BN > 0).sum()) - nodes
 
 
 def _load(step: Plan) -> Load:
@@ -226,13 +222,4 @@ def _load(step: Plan) -> Load:
         sum(one.num_computed for one in step.sequences),
         num_prompt,
         len(step.verifying),
-    )
-
-
-def _select(tree: TokenTree, rows: list[int]) -> TokenTree:
-    """Some rows of a batch of trees, as far as learning reads them: draws and laws are left behind."""
-    index = torch.tensor(rows, device=tree.device)
-    confidence = None if tree.confidence_BN is None else tree.confidence_BN[index]
-    return TokenTree.from_parents(
-        tree.tokens_BN[index], tree.parents_BN[index], tree.num_nodes_B[index], tree.vocab_size, confidence
     )

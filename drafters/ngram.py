@@ -105,9 +105,7 @@ class NGramDrafter:
         index.extend(sequence.token_ids[len(index.tokens) :])
         return index
 
-    def _merge(
-        self, index: NGramIndex, policy: FixedPolicy, limit: int
-    ) -> tuple[list[int], list[int], list[float]]:
+    def _merge(self, index: NGramIndex, policy: FixedPolicy, limit: int) -> tuple[list[int], list[int], list[float]]:
         """Tokens, parents and confidence of one tree: the continuations as paths, a new branch taking the next rank of its
         parent. The longer the context that matches, drafted tokens included, the surer; a guess, and only its order counts."""
         depth = min(policy.max_depth, limit)

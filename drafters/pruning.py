@@ -56,12 +56,12 @@ def prune(tree: TokenTree, keep_BN: Tensor) -> Pruned:
 class Shallower:
     """A policy whose trees end at `depths` of each row; what is left is decided before anything is drawn.
 
-    `keep` may then take out FIXED nodes of the grown trees; `was_grown` tells whether it has been asked, for drafters that
-    follow a policy without letting it grow.
+    `keep` may then take out FIXED nodes of the grown trees (None: none); `was_grown` tells whether it has been asked, for
+    drafters that follow a policy without letting it grow.
     """
 
     def __init__(
-        self, policy: TreePolicy, depths: Seq[int], keep: Callable[[TokenTree], Tensor] | None = None
+        self, policy: TreePolicy, depths: Seq[int], keep: Callable[[TokenTree], Tensor | None] = lambda tree: None
     ) -> None:
         self._policy, self._depths, self._keep = policy, list(depths), keep
         self.spec, self.max_depth = policy.spec, max(max(depths), 1)
@@ -75,9 +75,10 @@ class Shallower:
         if not any(draft.limits):
             return Grown(TokenTree.roots(draft.roots_B, draft.vocab_size), torch.full_like(draft.roots_B[:, None], -1))
         grown = self._policy.grow(draft, noise)
-        if self._keep is None:
+        keep_BN = self._keep(grown.tree)
+        if keep_BN is None:
             return grown
-        pruned = prune(grown.tree, self._keep(grown.tree))
+        pruned = prune(grown.tree, keep_BN)
         return Grown(pruned.tree, grown.expanded_BN.gather(1, pruned.origin_BN))
 
 
@@ -90,7 +91,7 @@ class ShallowerFixed(Shallower, FixedPolicy):
 
 
 def shallower(
-    policy: TreePolicy, depths: Seq[int], keep: Callable[[TokenTree], Tensor] | None = None
+    policy: TreePolicy, depths: Seq[int], keep: Callable[[TokenTree], Tensor | None] = lambda tree: None
 ) -> Shallower:
     """`policy` with `depths` per row, for whichever drafters follow it."""
     kind = ShallowerFixed if isinstance(policy, FixedPolicy) else Shallower

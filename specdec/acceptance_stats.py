@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import math
+import numpy as np
+from numpy.typing import NDArray
 
-import torch
-from torch import Tensor
+from specdec.cost import Array
 
+Ints = NDArray[np.int64]
 # Below and above, a probability says no more than that something is hopeless or certain.
 _LIMIT = 5.0
 
@@ -24,33 +25,43 @@ class NodeRates:
 
     def __init__(self, strength: float = 6.0, memory: float = 1000.0) -> None:
         self._strength, self._memory = strength, memory
-        centers = torch.linspace(-_LIMIT, _LIMIT, self.NUM_BINS, dtype=torch.float64).sigmoid()
-        self._prior_C = torch.cat([centers, torch.tensor(self._BY_RANK, dtype=torch.float64)])
-        self._hits_DC, self._trials_DC = torch.zeros(2, self.NUM_DEPTHS, len(self._prior_C), dtype=torch.float64)
+        centers = sigmoid(np.linspace(-_LIMIT, _LIMIT, self.NUM_BINS))
+        self._prior_C = np.array([*centers, *self._BY_RANK])
+        self._hits_DC, self._trials_DC = np.zeros((2, self.NUM_DEPTHS, len(self._prior_C)))
+        self._rates = self._estimate()
 
-    def cells(self, depth_BN: Tensor, confidence_BN: Tensor, parents_BN: Tensor) -> Tensor:
-        """Where each node [B, N] is counted; anything at roots and padding."""
-        known = torch.logit(confidence_BN.double(), eps=1e-6).clamp(-_LIMIT, _LIMIT)
-        bins = ((known + _LIMIT) / (2 * _LIMIT) * (self.NUM_BINS - 1)).round()
-        same = parents_BN[:, :, None] == parents_BN[:, None, :]
-        rank = same.tril(-1).sum(2).clamp_max(len(self._BY_RANK) - 1)
-        column = torch.where(bins.isnan(), self.NUM_BINS + rank, bins.nan_to_num().long())
-        return (depth_BN - 1).clamp(0, self.NUM_DEPTHS - 1) * len(self._prior_C) + column
+    def cells(self, depth_BN: Ints, confidence_BN: Array | None, parents_BN: Ints) -> Ints:
+        """Where each node [B, N] is counted; anything at roots and padding. No confidence: that of every node is unknown."""
+        bins = np.full(depth_BN.shape, np.nan)
+        if confidence_BN is not None:
+            known = logit(confidence_BN)
+            bins = np.rint((np.clip(known, -_LIMIT, _LIMIT) + _LIMIT) / (2 * _LIMIT) * (self.NUM_BINS - 1))
+        unknown = np.isnan(bins)
+        if unknown[depth_BN > 0].any():
+            same = parents_BN[:, :, None] == parents_BN[:, None, :]
+            rank = np.minimum(np.tril(same, -1).sum(2), len(self._BY_RANK) - 1)
+            bins = np.where(unknown, self.NUM_BINS + rank, bins)
+        level = np.clip(depth_BN - 1, 0, self.NUM_DEPTHS - 1)
+        return level * len(self._prior_C) + np.nan_to_num(bins).astype(np.int64)
 
-    def rates(self, cells_BN: Tensor) -> Tensor:
-        """The estimated probability [B, N], float64."""
+    def rates(self, cells_BN: Ints) -> Array:
+        """The estimated probability [B, N]."""
+        return self._rates[cells_BN]
+
+    def observe(self, cells_R: Ints, is_hit_R: NDArray[np.bool_]) -> None:
+        """Nodes whose parents were right, and whether they were."""
+        size = self._hits_DC.size
+        self._trials_DC += np.bincount(cells_R, minlength=size).reshape(self._hits_DC.shape)
+        self._hits_DC += np.bincount(cells_R[is_hit_R], minlength=size).reshape(self._hits_DC.shape)
+        _fade(self._hits_DC, self._trials_DC, self._memory)
+        self._rates = self._estimate()
+
+    def _estimate(self) -> Array:
         mean_C, table = self._prior_C, []
         for hits_C, trials_C in zip(self._hits_DC, self._trials_DC, strict=True):
             mean_C = (hits_C + self._strength * mean_C) / (trials_C + self._strength)
             table.append(mean_C)
-        return torch.cat(table)[cells_BN]
-
-    def observe(self, cells_R: Tensor, is_hit_R: Tensor) -> None:
-        """Nodes whose parents were right, and whether they were."""
-        flat = cells_R.flatten()
-        self._trials_DC.view(-1).index_add_(0, flat, torch.ones_like(flat, dtype=torch.float64))
-        self._hits_DC.view(-1).index_add_(0, flat, is_hit_R.flatten().double())
-        _fade(self._hits_DC, self._trials_DC, self._memory)
+        return np.concatenate(table)
 
 
 class DrawRates:
@@ -62,22 +73,23 @@ class DrawRates:
 
     def __init__(self, max_depth: int, max_width: int, strength: float = 6.0, memory: float = 500.0) -> None:
         self._strength, self._memory = strength, memory
-        self._hits_DW, self._trials_DW = torch.zeros(2, max_depth, max_width + 1, dtype=torch.float64)
+        self._hits_DW, self._trials_DW = np.zeros((2, max_depth, max_width + 1))
         self._prior = 0.6
 
-    def rates(self) -> Tensor:
+    def rates(self) -> Array:
         """The estimated probability [D, W] at depth d + 1 for width w; widths from 1 on."""
-        widths_W = torch.arange(self._hits_DW.shape[1], dtype=torch.float64)
+        widths_W = np.arange(self._hits_DW.shape[1])
+        # What a single draw would have given, had the draws of each tried width been independent.
+        raw_DW = np.minimum(self._hits_DW / np.maximum(self._trials_DW, 1e-9), 1 - 1e-6)
+        each_DW = self._trials_DW * (1 - (1 - raw_DW) ** (1 / np.maximum(widths_W, 1)))
         single, rows = self._prior, []
-        for hits_W, trials_W in zip(self._hits_DW, self._trials_DW, strict=True):
-            # What a single draw would have given, had the draws of each tried width been independent.
-            raw_W = (hits_W / trials_W.clamp_min(1e-9)).clamp(0, 1 - 1e-6)
-            each_W = 1 - (1 - raw_W) ** (1 / widths_W.clamp_min(1))
-            weight = float(trials_W.sum())
-            single = (self._strength * single + float((trials_W * each_W).sum())) / (self._strength + weight)
+        for each, trials, hits_W, trials_W in zip(
+            each_DW.sum(1), self._trials_DW.sum(1), self._hits_DW, self._trials_DW, strict=True
+        ):
+            single = (self._strength * single + each) / (self._strength + trials)
             prior_W = 1 - (1 - single) ** widths_W
             rows.append((hits_W + self._strength * prior_W) / (trials_W + self._strength))
-        return torch.stack(rows)
+        return np.stack(rows)
 
     def observe(self, depth: int, width: int, num_trials: float, num_hits: float) -> None:
         """Of `num_trials` accepted nodes at `depth` with `width` drawn children each, `num_hits` had one accepted."""
@@ -105,17 +117,21 @@ class Offset:
         self._num_seen += 1
 
 
-def shifted(probs: Tensor, offsets: Tensor) -> Tensor:
+def shifted(probs: Array, offsets: Array) -> Array:
     """Probabilities moved by offsets in log-odds; 0 and 1 stay short of themselves."""
-    return (torch.logit(probs, eps=1e-4) + offsets).sigmoid()
+    return sigmoid(logit(probs) + offsets)
 
 
-def _fade(hits: Tensor, trials: Tensor, memory: float) -> None:
-    keep = (memory / trials.clamp_min(memory)).clamp_max(1)
+def sigmoid(x: Array) -> Array:
+    return 1 / (1 + np.exp(-x))
+
+
+def logit(probs: Array) -> Array:
+    inside = np.clip(probs, 1e-4, 1 - 1e-4)
+    return np.log(inside / (1 - inside))
+
+
+def _fade(hits: Array, trials: Array, memory: float) -> None:
+    keep = memory / np.maximum(trials, memory)
     hits *= keep
     trials *= keep
-
-
-def geometric(high: float, low: float, count: int) -> Tensor:
-    """`count` numbers from `high` down to `low`, float64, each the same factor below the one before."""
-    return torch.linspace(math.log(high), math.log(low), count, dtype=torch.float64).exp()

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Sequence as Seq
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -57,11 +60,11 @@ class TargetCost:
             curve.append(curve[-1] + step)
         return TargetCost(knots, tuple(curve), *rest[-3:])
 
-    def predict(self, rows_C: Tensor, num_sequences: int, context: int) -> Tensor:
-        """Seconds [C] for each number of rows; beyond the last knot the line goes on."""
-        pairs_C = rows_C * (context / max(num_sequences, 1))
+    def besides_rows(self, rows_C: Array, num_sequences: int, context: int) -> Array:
+        """Seconds [C] beyond those of the curve."""
+        mean = context / max(num_sequences, 1)
         extra = self.per_sequence * (num_sequences - 1) + self.per_context * context
-        return interpolate(self.knots, self.seconds, rows_C) + extra + self.per_pair * pairs_C
+        return extra + self.per_pair * mean * rows_C
 
 
 @dataclass(frozen=True)
@@ -80,10 +83,10 @@ class DraftCost:
         features = [[1.0, size.num_levels, size.num_nodes, size.num_caught_up] for size, _ in measured]
         return DraftCost(*_non_negative_fit(features, [seconds for _, seconds in measured]))
 
-    def predict(self, levels_C: Tensor, nodes_C: Tensor, caught_up_C: Tensor) -> Tensor:
+    def predict(self, levels_C: Array, nodes_C: Array, caught_up_C: Array) -> Array:
         """Seconds [C]; nothing where no level is drafted."""
         seconds = self.fixed + self.per_level * levels_C + self.per_node * nodes_C + self.per_caught_up * caught_up_C
-        return torch.where(levels_C > 0, seconds, 0.0)
+        return seconds * (levels_C > 0)
 
 
 class CostModel:
@@ -100,29 +103,39 @@ class CostModel:
     def __init__(self, target: TargetCost, draft: DraftCost) -> None:
         self.target, self.draft = target, draft
         self._drift = self._draft_bend = 0.0
-        self._bend_K = [0.0] * len(target.knots)
+        self._bend_K = np.zeros(len(target.knots))
+        self._curve = self._bent()
 
-    def step_s(self, rows_C: Tensor, num_sequences: int, context: int) -> Tensor:
-        """Seconds [C] of a step without its draft, for each number of rows."""
-        bend_C = interpolate(self.target.knots, self._bend_K, rows_C, go_on=False)
-        return self.target.predict(rows_C, num_sequences, context) * (self._drift + bend_C).exp()
+    def step_s(self, rows: Array, num_sequences: int, context: int) -> Array:
+        """Seconds of a step without its draft, for each number of rows; beyond the last knot the line goes on."""
+        seconds: Array = np.interp(rows, *self._curve)
+        return (seconds + self.target.besides_rows(rows, num_sequences, context)) * math.exp(self._drift)
 
-    def draft_s(self, levels_C: Tensor, nodes_C: Tensor, caught_up_C: Tensor) -> Tensor:
-        """Seconds [C] of drafting."""
-        return self.draft.predict(levels_C, nodes_C, caught_up_C) * math.exp(self._drift + self._draft_bend)
+    def draft_s(self, levels: Array, nodes: Array, caught_up: Array) -> Array:
+        """Seconds of drafting."""
+        return self.draft.predict(levels, nodes, caught_up) * math.exp(self._drift + self._draft_bend)
 
     def observe_step(self, size: TargetSize, seconds: float) -> None:
         """A step of this size took `seconds` beside its draft."""
-        rows_C = torch.tensor([size.num_rows], dtype=torch.float64)
-        error = self._error(seconds, float(self.step_s(rows_C, size.num_sequences, size.context)))
+        rows = np.array(size.num_rows, dtype=float)
+        error = self._error(seconds, float(self.step_s(rows, size.num_sequences, size.context)))
         self._drift += self._DRIFT * error
-        for knot, weight in enumerate(_hats(self.target.knots, size.num_rows)):
-            self._bend_K[knot] += self._BEND * weight * error
+        self._bend_K += self._BEND * error * np.array(_hats(self.target.knots, size.num_rows))
+        self._curve = self._bent()
 
     def observe_draft(self, size: DraftSize, seconds: float) -> None:
         """A draft of this size took `seconds`."""
-        sizes = (torch.tensor([n], dtype=torch.float64) for n in (size.num_levels, size.num_nodes, size.num_caught_up))
+        sizes = (np.array(n, dtype=float) for n in (size.num_levels, size.num_nodes, size.num_caught_up))
         self._draft_bend += self._DRAFT * self._error(seconds, float(self.draft_s(*sizes)))
+
+    def _bent(self) -> tuple[Array, Array]:
+        """The curve as it is seen now, with a last knot so far out that no step lies beyond it."""
+        knots = np.array(self.target.knots, dtype=float)
+        seconds = np.array(self.target.seconds) * np.exp(self._bend_K)
+        # Of a single size nothing is known about another: costs are taken to be constant.
+        slope = (seconds[-1] - seconds[-2]) / (knots[-1] - knots[-2]) if len(knots) > 1 else 0.0
+        far = 1e6
+        return np.append(knots, knots[-1] + far), np.append(seconds, seconds[-1] + max(slope, 0.0) * far)
 
     def _error(self, seconds: float, predicted: float) -> float:
         """How far the logarithm is off; a pause of the machine counts as no more than a moderate error."""
@@ -145,21 +158,9 @@ class CostModel:
             raise ValueError(f"no cost model: {error!r}") from error
 
 
-def interpolate(knots: Seq[int], values: Seq[float], at_C: Tensor, go_on: bool = True) -> Tensor:
-    """Piecewise linear through (knots, values); outside, the last line goes on or the end value stays."""
-    if len(knots) == 1:
-        # Of a single size nothing is known about another: costs are taken to be constant.
-        return torch.full_like(at_C, values[0])
-    knots_K, values_K = (torch.tensor(list(one), dtype=torch.float64) for one in (knots, values))
-    left = (torch.searchsorted(knots_K, at_C.contiguous(), right=True) - 1).clamp(0, len(knots) - 2)
-    share = (at_C - knots_K[left]) / (knots_K[left + 1] - knots_K[left])
-    share = share.clamp_min(0) if go_on else share.clamp(0, 1)
-    return values_K[left] + share * (values_K[left + 1] - values_K[left])
-
-
 def _steps(knots: Seq[int], rows: int) -> list[float]:
     """How far each interval between knots is passed at `rows`, from 0 to 1."""
-    return [min(max((rows - a) / (b - a), 0.0), 1.0) for a, b in zip(knots, knots[1:], strict=False)]
+    return [min(max((rows - a) / (b - a), 0.0), 1.0) for a, b in itertools.pairwise(knots)]
 
 
 def _hats(knots: Seq[int], rows: int) -> list[float]:
@@ -174,8 +175,8 @@ def _pairs(size: TargetSize) -> float:
 
 def _non_negative_fit(features: Seq[Seq[float]], seconds: Seq[float], sweeps: int = 3000) -> list[float]:
     """argmin of the squared relative errors over coefficients >= 0, by coordinate descent."""
-    a = torch.tensor([[one / s for one in row] for row, s in zip(features, seconds, strict=True)], dtype=torch.float64)
-    scale = a.abs().amax(0).clamp_min(1e-300)
+    a = np.array([[one / s for one in row] for row, s in zip(features, seconds, strict=True)])
+    scale = np.maximum(np.abs(a).max(0), 1e-300)
     a = a / scale
     gram, wanted = (a.T @ a).tolist(), a.sum(0).tolist()
     x = [0.0] * len(wanted)

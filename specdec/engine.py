@@ -9,7 +9,7 @@ from collections.abc import Sequence as Seq
 
 import torch
 
-from specdec.interfaces import Commit, Drafter, TreePolicy, Verdict, Verifier
+from specdec.interfaces import Commit, Drafter, Speculation, TreePolicy, Verdict, Verifier
 from specdec.metrics import StepTimes
 from specdec.noise import CounterNoise
 from specdec.pages import OutOfPages, PagePool, PageTable
@@ -24,6 +24,7 @@ class Engine:
 
     Args: `verifier` holds target and rule, `drafter` and `policy` go together. `max_batch_size` sequences run at once,
     prompts go in pieces of `prefill_chunk` tokens. `num_pages` bounds the KV cache (None: it grows with the need).
+    `speculation` decides how much of the policy's trees each step drafts and verifies (None: all).
     Raises ValueError where rule, policy, drafter and target do not fit together.
     """
 
@@ -37,6 +38,7 @@ class Engine:
         prefill_chunk: int = 512,
         page_size: int = 16,
         num_pages: int | None = None,
+        speculation: Speculation | None = None,
     ) -> None:
         if (drafter is None) != (policy is None):
             raise ValueError(
@@ -47,6 +49,7 @@ class Engine:
         if policy is not None:
             verifier.require(policy.spec)
         self.verifier, self.target, self.drafter, self.policy = verifier, verifier.target, drafter, policy
+        self.speculation = speculation
         self.max_batch_size, self.prefill_chunk = max_batch_size, prefill_chunk
         self._may_grow = num_pages is None
         self.pool = PagePool(num_pages or 0, page_size)
@@ -133,6 +136,8 @@ class Engine:
         self.times.draft_s += drafted - drafting + end - observing
         self.times.other_s += drafting - start + observing - verified
         self.times.num_steps += 1
+        if self.speculation is not None:
+            self.speculation.learn(step, tree, verdict, end - start)
         return tokens
 
     @property
@@ -142,7 +147,11 @@ class Engine:
     def _propose(self, step: Plan, noise: CounterNoise) -> TokenTree | None:
         trees = []
         if step.drafting and self.drafter is not None and self.policy is not None:
-            trees.append(self.drafter.propose(step.drafting, self.policy, noise.select(range(len(step.drafting)))))
+            drafting = noise.select(range(len(step.drafting)))
+            if self.speculation is None:
+                trees.append(self.drafter.propose(step.drafting, self.policy, drafting))
+            else:
+                trees.append(self.speculation.propose(step, self.drafter, self.policy, drafting))
             bare = step.finishing
         else:
             bare = step.verifying

@@ -189,7 +189,9 @@ class TokenTree:
         confidence = None
         if any(tree.confidence_BN is not None for tree in trees):
             unknown = [torch.full(tree.tokens_BN.shape, torch.nan, device=tree.device) for tree in trees]
-            found = [u if tree.confidence_BN is None else tree.confidence_BN for u, tree in zip(unknown, trees, strict=True)]
+            found = [
+                u if tree.confidence_BN is None else tree.confidence_BN for u, tree in zip(unknown, trees, strict=True)
+            ]
             confidence = torch.cat([_pad(one.float(), nodes, torch.nan) for one in found])
         return TokenTree(
             torch.cat([_pad(tree.tokens_BN, nodes, 0) for tree in trees]),
