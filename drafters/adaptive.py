@@ -82,7 +82,8 @@ class AdaptiveSpeculation:
         self._policy, self._outlook = policy, outlook_for(policy, accepts)
         self._records: weakref.WeakKeyDictionary[Sequence, RequestRecord] = weakref.WeakKeyDictionary()
         self._device, self._explore, self._clock = device, explore, clock
-        self._savings = dict.fromkeys(self._KINDS, 0.0)
+        # Unknown until the first step has taken its time: a step's worth of looking elsewhere is granted to begin with.
+        self._savings: dict[str, float] = {}
         self._last: _Step | None = None
         share = (policy.max_expanded - 1) / max(policy.max_depth - 1, 1)
         levels = np.arange(policy.max_depth + 1)
@@ -117,8 +118,8 @@ class AdaptiveSpeculation:
             return
         rows = last.load.num_rows + (0 if tree is None else int(tree.num_nodes_B.sum()) - tree.batch_size)
         self.costs.observe_step(TargetSize(rows, last.load.num_sequences, last.load.context), seconds - last.draft_s)
-        for kind in self._savings:
-            earned = self._savings[kind] + self._explore * seconds / len(self._KINDS)
+        for kind in self._KINDS:
+            earned = self._savings.get(kind, seconds) + self._explore * seconds / len(self._KINDS)
             # Saved time must not turn into a row of steps that all look elsewhere.
             self._savings[kind] = min(earned, 2 * seconds)
         if not any(last.depths):
@@ -136,7 +137,6 @@ class AdaptiveSpeculation:
         return Options(
             gain_BDO,
             nodes_BDO,
-            self._outlook.price_O,
             self._expanded_D,
             np.array(behind, dtype=float),
             np.array([min(one.max_draft_depth, self._policy.max_depth) for one in sequences]),
@@ -152,8 +152,8 @@ class AdaptiveSpeculation:
             for depths_B, option in self._elsewhere(kind, options, choice):
                 other = instead(options, load, self.costs, choice, depths_B, option)
                 regret = max(choice.value - other.value, 0.0) / max(choice.rate, 1e-12)
-                if regret <= self._savings[kind]:
-                    self._savings[kind] -= regret
+                if regret <= self._savings.get(kind, 0.0):
+                    self._savings[kind] = self._savings.get(kind, 0.0) - regret
                     self.counts.explored_s += regret
                     return other
         return choice

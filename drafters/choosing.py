@@ -17,13 +17,12 @@ class Options:
     """What speculating promises each of B rows: for depth d (0: not at all) under option o the expected number of accepted
     tokens `gain_BDO`, and of nodes to verify `nodes_BDO`, the root not counted.
 
-    `price_O` is what one more node must earn for option o to want it. `expanded_D` nodes are run to draft to depth d,
-    `caught_up_B` final tokens first. Depths beyond `limits_B` are of no use to a row.
+    `expanded_D` nodes are run to draft to depth d, `caught_up_B` final tokens first. Depths beyond `limits_B` are of no use to
+    a row.
     """
 
     gain_BDO: Array
     nodes_BDO: Array
-    price_O: Array
     expanded_D: Array
     caught_up_B: Array
     limits_B: Ints
@@ -61,29 +60,32 @@ class Choice:
 def choose(options: Options, load: Load, costs: CostModel, margin: float = 0.01) -> Choice:
     """The depths and option with the most tokens for their time, over the whole batch.
 
-    For every option and every cap on the depth each row takes what is best at the option's prices; these assignments, plain
-    decoding among them, are then compared by what they cost exactly. So prices only order candidates, and kinks of the cost
-    (a forward that costs the same up to 8 rows) are met. The best must beat plain decoding by `margin`.
+    For every option the rows' further levels are put in the order of what they bring for the work they make; every beginning
+    of that order, under every cap on the depth, is then valued by its exact cost. So kinks of the cost (a forward that costs
+    the same up to 16 rows) are met. The best must beat plain decoding, the empty beginning, by `margin`.
     """
-    depths_BCO = _assignments(options, load, costs)
-    gain_CO = np.take_along_axis(options.gain_BDO, depths_BCO, 1).sum(0)
-    nodes_CO = np.take_along_axis(options.nodes_BDO, depths_BCO, 1).sum(0)
-    draft_CO = _draft_s(options, depths_BCO, costs)
-    tokens_CO = load.num_emitting + gain_CO
+    order_OI, depth_OI, parts = _increments(options, _work(options, load, costs))
+    size = options.gain_BDO.shape[1] - 1
+    within_COI = depth_OI <= np.arange(1, size + 1)[:, None, None]
+    gain, nodes, expanded, caught_up = (_beginnings(values * within_COI) for values in parts)
+    levels = np.maximum.accumulate(_beginnings(depth_OI * within_COI, total=False), 2)
+    draft_s = costs.draft_s(levels, expanded, caught_up)
+    tokens = load.num_emitting + gain
     # An accepted token saves a later step's time, and later steps have no prompts: prompts must not make time look cheap.
     bare_rows = load.num_rows - load.num_prompt
-    seconds_CO = costs.step_s(bare_rows + nodes_CO, load.num_sequences, load.context) + draft_CO
-    rate_CO = tokens_CO / seconds_CO
-    rate, plain_rate = float(rate_CO.max()), float(rate_CO[0, 0])
+    seconds = costs.step_s(bare_rows + nodes, load.num_sequences, load.context) + draft_s
+    rates = tokens / seconds
+    rate, plain_rate = float(rates.max()), float(rates[0, 0, 0])
     if load.num_prompt:
-        seconds_CO = costs.step_s(load.num_rows + nodes_CO, load.num_sequences, load.context) + draft_CO
-    value_CO = tokens_CO - rate * seconds_CO
-    cap, option = divmod(int(value_CO.argmax()), value_CO.shape[1])
-    # Cap 0 is plain decoding.
-    if value_CO[cap, option] - value_CO[0, 0] <= margin * tokens_CO[0, 0]:
-        cap, option, rate = 0, 0, plain_rate
-    tokens, seconds = float(tokens_CO[cap, option]), float(seconds_CO[cap, option])
-    return Choice(depths_BCO[:, cap, option], option, tokens, seconds, rate)
+        seconds = costs.step_s(load.num_rows + nodes, load.num_sequences, load.context) + draft_s
+    value = tokens - rate * seconds
+    cap, option, count = np.unravel_index(int(value.argmax()), value.shape)
+    if value[cap, option, count] - value[0, 0, 0] <= margin * load.num_emitting:
+        cap, option, count, rate = 0, 0, 0, plain_rate
+    taken = order_OI[option, :count][within_COI[cap, option, :count]]
+    depths_B = np.bincount(taken // size, minlength=len(options.limits_B))
+    at = cap, option, count
+    return Choice(depths_B, int(option), float(tokens[at]), float(seconds[at]), rate)
 
 
 def instead(options: Options, load: Load, costs: CostModel, choice: Choice, depths_B: Ints, option: int) -> Choice:
@@ -113,24 +115,45 @@ def keep_best(probs_BN: Array, load: Load, costs: CostModel, rate: float) -> NDA
     return keep.reshape(probs_BN.shape)
 
 
-def _assignments(options: Options, load: Load, costs: CostModel) -> Ints:
-    """The depths [B, C, O] that each row takes under cap c at option o's prices."""
-    size = options.gain_BDO.shape[1]
-    # A node to draft is paid at the price of a node to verify, in the proportion of what one more of each costs.
+def _work(options: Options, load: Load, costs: CostModel) -> Array:
+    """What drafting one more level makes of work [B, D], counted in nodes to verify."""
     low, high = costs.step_s(load.num_rows + np.array([0.0, 8.0]), load.num_sequences, load.context)
     row_s = max((high - low) / 8, 1e-3 * high / max(load.num_rows, 1))
     first_s, node_s, token_s = costs.draft_s(np.ones(3), np.array([0.0, 1.0, 0.0]), np.array([0.0, 0.0, 1.0]))
     node_share, token_share = (min((more - first_s) / row_s, 4.0) for more in (node_s, token_s))
-    depths_D = np.arange(size)
-    caught_up_BD = token_share * options.caught_up_B[:, None] * (depths_D > 0)
-    work_BD = node_share * options.expanded_D + caught_up_BD
-    score = options.gain_BDO - options.price_O * (options.nodes_BDO + work_BD[..., None])
-    score[depths_D > options.limits_B[:, None]] = -np.inf
-    # The first of equals: the shallowest.
-    best = np.maximum.accumulate(score, 1)
-    is_new = score[:, 1:] > best[:, :-1]
-    at = np.concatenate([np.zeros_like(score[:, :1], dtype=np.int64), is_new * depths_D[1:, None]], 1)
-    return np.maximum.accumulate(at, 1)
+    work_BD = np.tile(node_share * np.diff(options.expanded_D), (len(options.limits_B), 1))
+    work_BD[:, 0] += token_share * options.caught_up_B
+    return work_BD
+
+
+def _increments(options: Options, work_BD: Array) -> tuple[Ints, Ints, list[Array]]:
+    """Every row's levels in the order in which each option wants them: their indices [O, I], depths, and what each adds of
+    accepted tokens, nodes to verify, nodes to expand and tokens to catch up with."""
+    gain_BDO, nodes_BDO = np.diff(options.gain_BDO, axis=1), np.diff(options.nodes_BDO, axis=1)
+    batch, size, num = gain_BDO.shape
+    depths_D = np.arange(1, size + 1)
+    worth = gain_BDO / np.maximum(nodes_BDO + work_BD[..., None], 1e-9)
+    # A level is never wanted before the one above it, nor where it is of no use.
+    worth = np.minimum.accumulate(worth, 1)
+    beyond_BD = depths_D > options.limits_B[:, None]
+    order_OI = (-np.where(beyond_BD[..., None], -1.0, worth)).reshape(-1, num).T.argsort(1, kind="stable")
+    caught_up_BD = options.caught_up_B[:, None] * (depths_D == 1)
+    expanded_BD = np.tile(np.diff(options.expanded_D), (batch, 1))
+    each = [np.broadcast_to(one[..., None], gain_BDO.shape) for one in (expanded_BD, caught_up_BD, beyond_BD)]
+    useless_IO = each.pop().reshape(-1, num)
+    parts = [
+        np.take_along_axis(np.where(useless_IO, 0.0, one.reshape(-1, num)).T, order_OI, 1)
+        for one in (gain_BDO, nodes_BDO, *each)
+    ]
+    usable_OI = np.take_along_axis(~useless_IO.T, order_OI, 1)
+    # A level beyond a row's limit has a depth that no cap allows.
+    return order_OI, np.where(usable_OI, depths_D[order_OI % size], size + 1), parts
+
+
+def _beginnings(values: Array, total: bool = True) -> Array:
+    """Sums of the first 0, 1, 2, ... along the last axis, or what stands there alone."""
+    first = np.zeros((*values.shape[:-1], 1))
+    return np.concatenate([first, values.cumsum(-1) if total else values], -1)
 
 
 def _draft_s(options: Options, depths: Ints, costs: CostModel) -> Array:

@@ -53,10 +53,9 @@ class Outcome:
 
 
 class Outlook(Protocol):
-    """`policies[o]` is what option o grows, at `price_O[o]` per node."""
+    """`policies[o]` is what option o grows."""
 
     policies: list[TreePolicy]
-    price_O: Array
 
     def promise(self, records: Seq[RequestRecord]) -> tuple[Array, Array]:
         """Expected accepted tokens and nodes to verify, [B, D + 1, O]: depth d under option o."""
@@ -75,21 +74,22 @@ class FixedOutlook:
     """Trees whose every node is FIXED: drafted whole, then pruned to what is worth verifying.
 
     A node is accepted with the product of its path's rates. What the next draft will be like is taken from the request's last
-    ones: a histogram per depth of how likely their nodes were, mixed with that of all requests while it is new.
+    ones: a histogram per depth of how likely their nodes were, mixed with that of all requests while it is new. Option o keeps
+    the nodes that are worth its price.
     """
 
     _NEW, _OWN, _ALL = 2.0, 0.15, 0.02
 
     def __init__(self, policy: TreePolicy) -> None:
         self.rates = NodeRates()
-        self.price_O = np.geomspace(1.0, 0.005, 18)
-        self.policies = [policy] * len(self.price_O)
+        self._price_O = np.geomspace(1.0, 0.005, 18)
+        self.policies = [policy] * len(self._price_O)
         # One node per depth, right three times of five, until something has been seen.
         self._seen_D = np.ones(policy.max_depth)
-        self._profile_2DP = np.zeros((2, policy.max_depth, len(self.price_O)))
+        self._profile_2DP = np.zeros((2, policy.max_depth, len(self._price_O)))
         probs: Array = np.full(policy.max_depth, 0.6).cumprod()
         at = self._price_below(probs)
-        for depth in range(int((at < len(self.price_O)).sum())):
+        for depth in range(int((at < len(self._price_O)).sum())):
             self._profile_2DP[:, depth, at[depth]] = 1.0, probs[depth]
 
     def promise(self, records: Seq[RequestRecord]) -> tuple[Array, Array]:
@@ -134,10 +134,10 @@ class FixedOutlook:
 
     def _price_below(self, probs: Array) -> Ints:
         """The first price that is not above each probability."""
-        return np.searchsorted(-self.price_O, -probs)
+        return np.searchsorted(-self._price_O, -probs)
 
     def _note_profile(self, scores: Scores, records: Seq[RequestRecord], depths: Seq[int]) -> None:
-        batch, levels, prices = len(records), len(self._seen_D), len(self.price_O)
+        batch, levels, prices = len(records), len(self._seen_D), len(self._price_O)
         at_BN = self._price_below(scores.probs_BN)
         counted = (scores.depth_BN > 0) & (scores.depth_BN <= levels) & (at_BN < prices)
         cell_BN = (np.arange(batch)[:, None] * levels + scores.depth_BN - 1) * prices + at_BN
@@ -177,25 +177,22 @@ class DrawnOutlook:
         else:
             # Of a policy that only tells its largest tree, levels are taken to be alike.
             nodes_DV = np.arange(1.0, self._depth + 1)[:, None] * (policy.max_nodes - 1) / self._depth
-        prices = np.geomspace(1.0, 0.005, 12)
-        self.price_O = np.tile(prices, len(variants))
-        self.policies = [one for one in variants for _ in prices]
-        self._variant_O = np.arange(len(variants)).repeat(len(prices))
-        self._nodes_DO = _from_nothing(nodes_DV, 0)[:, self._variant_O]
+        self.policies = variants
+        self._nodes_DV = _from_nothing(nodes_DV, 0)
         self.rates = DrawRates(self._depth, int(self._widths_DV.max()))
 
     def promise(self, records: Seq[RequestRecord]) -> tuple[Array, Array]:
         rates_DV = np.take_along_axis(self.rates.rates(), self._widths_DV, 1)
         offsets_B = np.array([one.offset.value for one in records])
         gain_BDV = shifted(rates_DV, offsets_B[:, None, None]).cumprod(1).cumsum(1)
-        gain_BDO = _from_nothing(gain_BDV, 1)[..., self._variant_O]
-        return gain_BDO, np.broadcast_to(self._nodes_DO, gain_BDO.shape)
+        gain_BDV = _from_nothing(gain_BDV, 1)
+        return gain_BDV, np.broadcast_to(self._nodes_DV, gain_BDV.shape)
 
     def score(self, tree: TokenTree, records: Seq[RequestRecord]) -> None:
         return None
 
     def learn(self, scores: Scores | None, records: Seq[RequestRecord], option: int, outcomes: Seq[Outcome]) -> None:
-        widths = self._widths_DV[:, self._variant_O[option]].tolist()
+        widths = self._widths_DV[:, option].tolist()
         expected_D = self.rates.rates()[np.arange(self._depth), widths]
         for record, one in zip(records, outcomes, strict=True):
             for level in range(min(one.depth, one.num_accepted + 1)):

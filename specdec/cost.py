@@ -94,16 +94,17 @@ class CostModel:
 
     Three corrections, all factors: one for the machine as it runs now, one per knot of the target's curve (acceptance and
     bookkeeping, which calibration may not see, grow with the tree), one for drafts against the target. The first moves
-    fast, the others slowly; a single step moves none by much.
+    fast, the others slowly once they have seen a few steps; no single step moves one by more than a moderate error.
     """
 
     _CLIP = 0.5
-    _DRIFT, _BEND, _DRAFT = 0.1, 0.05, 0.05
+    _DRIFT, _SLOWEST = 0.1, 0.05
 
     def __init__(self, target: TargetCost, draft: DraftCost) -> None:
         self.target, self.draft = target, draft
         self._drift = self._draft_bend = 0.0
-        self._bend_K = np.zeros(len(target.knots))
+        self._bend_K, self._seen_K = np.zeros((2, len(target.knots)))
+        self._num_drafts = 0
         self._curve = self._bent()
 
     def step_s(self, rows: Array, num_sequences: int, context: int) -> Array:
@@ -120,13 +121,17 @@ class CostModel:
         rows = np.array(size.num_rows, dtype=float)
         error = self._error(seconds, float(self.step_s(rows, size.num_sequences, size.context)))
         self._drift += self._DRIFT * error
-        self._bend_K += self._BEND * error * np.array(_hats(self.target.knots, size.num_rows))
+        weight_K = np.array(_hats(self.target.knots, size.num_rows))
+        self._seen_K += weight_K
+        self._bend_K += np.maximum(0.2 / np.maximum(self._seen_K, 1), self._SLOWEST) * weight_K * error
         self._curve = self._bent()
 
     def observe_draft(self, size: DraftSize, seconds: float) -> None:
         """A draft of this size took `seconds`."""
         sizes = (np.array(n, dtype=float) for n in (size.num_levels, size.num_nodes, size.num_caught_up))
-        self._draft_bend += self._DRAFT * self._error(seconds, float(self.draft_s(*sizes)))
+        self._num_drafts += 1
+        step = max(0.2 / self._num_drafts, self._SLOWEST)
+        self._draft_bend += step * self._error(seconds, float(self.draft_s(*sizes)))
 
     def _bent(self) -> tuple[Array, Array]:
         """The curve as it is seen now, with a last knot so far out that no step lies beyond it."""
