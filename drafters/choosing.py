@@ -79,13 +79,13 @@ def choose(options: Options, load: Load, costs: CostModel, margin: float = 0.01)
     if load.num_prompt:
         seconds = costs.step_s(load.num_rows + nodes, load.num_sequences, load.context) + draft_s
     value = tokens - rate * seconds
-    cap, option, count = np.unravel_index(int(value.argmax()), value.shape)
+    cap, option, count = (int(i) for i in np.unravel_index(int(value.argmax()), value.shape))
     if value[cap, option, count] - value[0, 0, 0] <= margin * load.num_emitting:
         cap, option, count, rate = 0, 0, 0, plain_rate
     taken = order_OI[option, :count][within_COI[cap, option, :count]]
     depths_B = np.bincount(taken // size, minlength=len(options.limits_B))
     at = cap, option, count
-    return Choice(depths_B, int(option), float(tokens[at]), float(seconds[at]), rate)
+    return Choice(depths_B, option, float(tokens[at]), float(seconds[at]), rate)
 
 
 def instead(options: Options, load: Load, costs: CostModel, choice: Choice, depths_B: Ints, option: int) -> Choice:
@@ -150,7 +150,7 @@ def _increments(options: Options, work_BD: Array) -> tuple[Ints, Ints, list[Arra
     return order_OI, np.where(usable_OI, depths_D[order_OI % size], size + 1), parts
 
 
-def _beginnings(values: Array, total: bool = True) -> Array:
+def _beginnings(values: Array | Ints, total: bool = True) -> Array:
     """Sums of the first 0, 1, 2, ... along the last axis, or what stands there alone."""
     first = np.zeros((*values.shape[:-1], 1))
     return np.concatenate([first, values.cumsum(-1) if total else values], -1)

@@ -123,14 +123,14 @@ class CostModel:
         self._drift += self._DRIFT * error
         weight_K = np.array(_hats(self.target.knots, size.num_rows))
         self._seen_K += weight_K
-        self._bend_K += np.maximum(0.2 / np.maximum(self._seen_K, 1), self._SLOWEST) * weight_K * error
+        self._bend_K += np.maximum(0.4 / np.maximum(self._seen_K, 1), self._SLOWEST) * weight_K * error
         self._curve = self._bent()
 
     def observe_draft(self, size: DraftSize, seconds: float) -> None:
         """A draft of this size took `seconds`."""
         sizes = (np.array(n, dtype=float) for n in (size.num_levels, size.num_nodes, size.num_caught_up))
         self._num_drafts += 1
-        step = max(0.2 / self._num_drafts, self._SLOWEST)
+        step = max(0.4 / self._num_drafts, self._SLOWEST)
         self._draft_bend += step * self._error(seconds, float(self.draft_s(*sizes)))
 
     def _bent(self) -> tuple[Array, Array]:
