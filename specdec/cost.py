@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import math
 from collections.abc import Sequence as Seq
 from dataclasses import asdict, dataclass
@@ -38,7 +37,7 @@ class TargetCost:
     """Seconds of a step without its draft: linear between the `knots` (numbers of rows), plus what further sequences, tokens
     before and (row, token before) pairs cost."""
 
-    knots: tuple[int, ...]
+    knots: tuple[float, ...]
     seconds: tuple[float, ...]
     per_sequence: float = 0.0
     per_context: float = 0.0
@@ -148,27 +147,30 @@ class CostModel:
             return 0.0
         return min(max(math.log(seconds / predicted), -self._CLIP), self._CLIP)
 
-    def to_json(self) -> str:
-        """The calibrated costs, without what was seen since."""
-        return json.dumps({"target": asdict(self.target), "draft": asdict(self.draft)})
+    def to_dict(self) -> dict[str, dict[str, Any]]:
+        """The calibrated costs, without what was seen since, as JSON takes them."""
+        return {"target": asdict(self.target), "draft": asdict(self.draft)}
 
     @staticmethod
-    def from_json(text: str) -> CostModel:
-        """Raises ValueError for a text that `to_json` did not write."""
+    def from_dict(read: dict[str, dict[str, Any]]) -> CostModel:
+        """Raises ValueError for what `to_dict` did not make."""
         try:
-            read: dict[str, dict[str, Any]] = json.loads(text)
-            target = {key: tuple(v) if isinstance(v, list) else float(v) for key, v in read["target"].items()}
-            return CostModel(TargetCost(**target), DraftCost(**read["draft"]))  # type: ignore[arg-type]
-        except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+            curve = {
+                key: tuple(map(float, value)) if isinstance(value, (list, tuple)) else float(value)
+                for key, value in read["target"].items()
+            }
+            draft = {key: float(value) for key, value in read["draft"].items()}
+            return CostModel(TargetCost(**curve), DraftCost(**draft))  # type: ignore[arg-type]
+        except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
             raise ValueError(f"no cost model: {error!r}") from error
 
 
-def _steps(knots: Seq[int], rows: int) -> list[float]:
+def _steps(knots: Seq[float], rows: int) -> list[float]:
     """How far each interval between knots is passed at `rows`, from 0 to 1."""
     return [min(max((rows - a) / (b - a), 0.0), 1.0) for a, b in itertools.pairwise(knots)]
 
 
-def _hats(knots: Seq[int], rows: int) -> list[float]:
+def _hats(knots: Seq[float], rows: int) -> list[float]:
     """The weight of each knot in the interpolation at `rows`."""
     steps = [1.0, *_steps(knots, rows), 0.0]
     return [steps[i] - steps[i + 1] for i in range(len(knots))]
