@@ -113,19 +113,6 @@ class Drafter(Protocol):
     def forget(self, sequence_ids: Seq[int]) -> None: ...
 
 
-class Speculation(Protocol):
-    """Decides step by step what is drafted and how much of it the target verifies."""
-
-    def propose(self, step: Plan, drafter: Drafter, policy: TreePolicy, noise: Noise) -> TokenTree:
-        """The trees of `step.drafting`, roots alone where nothing pays. What is drawn may be decided on by the past alone;
-        only trees without drawn nodes may be pruned after they were drafted."""
-        ...
-
-    def learn(self, step: Plan, tree: TokenTree | None, verdict: Verdict, seconds: float) -> None:
-        """What the step's trees came to, drafting rows first, and the seconds it took in all."""
-        ...
-
-
 class TreePolicy(Protocol):
     """How a tree grows. `spec` says what its trees are; `max_depth` and `max_nodes` bound them (root included); while it
     grows, at most `max_expanded` nodes are run through a draft model."""
@@ -149,6 +136,21 @@ class Verdict:
     tokens: list[list[int]]
     logprobs: list[list[tuple[float, dict[int, float]]] | None]
     hidden: dict[int, dict[int, Tensor]] = field(default_factory=dict)
+
+
+class Speculation(Protocol):
+    """Decides step by step how much is drafted, and learns from what became of it."""
+
+    def propose(self, step: Plan, drafter: Drafter, policy: TreePolicy, noise: Noise) -> TokenTree:
+        """Trees of `step.drafting`: the policy's, smaller ones, or roots alone; `noise` has their rows.
+
+        What is drawn may be decided on by the past alone; only trees without drawn nodes may be pruned once drafted.
+        """
+        ...
+
+    def learn(self, step: Plan, tree: TokenTree | None, verdict: Verdict, seconds: float) -> None:
+        """What the step's trees, those of `step.verifying`, were worth; drafting and verifying took `seconds`."""
+        ...
 
 
 class Verifier(Protocol):
