@@ -123,6 +123,7 @@ class Static(FixedPolicy):
         device = draft.roots_B.device
         limits = torch.tensor(draft.limits, device=device)
         tokens_BN = draft.roots_B[:, None]
+        confidence_BN = torch.full(tokens_BN.shape, torch.nan, device=device)
         for depth, (internal, owner, ranks) in enumerate(self._levels[: max(draft.limits)]):
             if depth == 0:
                 following = draft.expand_root()
@@ -131,15 +132,17 @@ class Static(FixedPolicy):
                 following = draft.expand(tokens_BN[:, internal], parents.expand(len(limits), -1), depth)
             if max(ranks) >= draft.vocab_size:
                 raise ValueError(f"choices use rank {max(ranks)}, the vocabulary has {draft.vocab_size} tokens")
-            best_BWk, _ = following.top(max(ranks) + 1)
+            best_BWk, logprobs_BWk = following.top(max(ranks) + 1)
             tokens_BN = torch.cat([tokens_BN, best_BWk[:, owner, ranks]], 1)
+            confidence_BN = torch.cat([confidence_BN, logprobs_BWk[:, owner, ranks].exp().float()], 1)
         # Nodes are in order of depth, so a row that must stay shallower keeps a prefix.
         nodes = tokens_BN.shape[1]
         count_B = (self._depths[:nodes].to(device) <= limits[:, None]).sum(1)
         inside = torch.arange(nodes, device=device) < count_B[:, None]
         parents_BN = torch.where(inside, torch.tensor(self._parents[:nodes], device=device), -1)
         expanded_BN = torch.tensor(self._expanded[:nodes], device=device)
-        tree = TokenTree.from_parents(torch.where(inside, tokens_BN, 0), parents_BN, count_B, draft.vocab_size)
+        tokens_BN = torch.where(inside, tokens_BN, 0)
+        tree = TokenTree.from_parents(tokens_BN, parents_BN, count_B, draft.vocab_size, confidence_BN)
         return Grown.within(limits, tree, expanded_BN)
 
 
@@ -205,5 +208,8 @@ class TopK(FixedPolicy):
         tokens_BN = torch.cat([root, torch.where(valid, tokens.gather(1, at), 0)], 1)
         parents_BN = torch.cat([torch.full_like(root, -1), torch.where(valid, parent_node, -1)], 1)
         expanded_BN = torch.cat([torch.zeros_like(root), expanded.gather(1, at)], 1)
-        tree = TokenTree.from_parents(tokens_BN, parents_BN, 1 + valid.sum(1), draft.vocab_size)
+        behind = scores.gather(1, at) - torch.where(above >= 0, scores.gather(1, above.clamp_min(0)), 0.0)
+        unknown = torch.full(root.shape, torch.nan, device=keep.device)
+        confidence_BN = torch.cat([unknown, behind.exp().float()], 1)
+        tree = TokenTree.from_parents(tokens_BN, parents_BN, 1 + valid.sum(1), draft.vocab_size, confidence_BN)
         return Grown.within(torch.tensor(draft.limits, device=keep.device), tree, expanded_BN)

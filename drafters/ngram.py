@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections import defaultdict, deque
 from collections.abc import Sequence as Seq
 
 import torch
 from torch import Tensor
 
-from specdec.drafters.growth import FixedPolicy
-from specdec.drafters.sampled import Sampled
+from specdec.drafters.growth import FixedPolicy, GrowingPolicy
 from specdec.interfaces import Commit, Noise, TreePolicy
 from specdec.model import PagedModel
 from specdec.pages import PagePool
@@ -43,6 +44,11 @@ class NGramIndex:
                 for place in reversed(self._places.get(tuple(context[len(context) - size :]), ())):
                     found.setdefault(place)
         return list(found)
+
+    def overlap(self, place: int, at_most: int = 16) -> int:
+        """How many tokens before `place` are those at the end of the list."""
+        ends = zip(reversed(self.tokens[max(place - at_most, 0) : place]), reversed(self.tokens), strict=False)
+        return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], ends))
 
     def continuation(self, place: int, length: int) -> list[int]:
         """The tokens from `place` on; where they run into the end of the list, the repetition is carried on."""
@@ -83,8 +89,10 @@ class NGramDrafter:
     def propose(self, sequences: Seq[Sequence], policy: TreePolicy, noise: Noise) -> TokenTree:
         if isinstance(policy, FixedPolicy):
             rows = [self._merge(self._index(one), policy, one.max_draft_depth) for one in sequences]
-            return TokenTree.from_lists(rows, self._vocab_size)
-        if not isinstance(policy, Sampled):
+            trees = [(tokens, parents) for tokens, parents, _ in rows]
+            return TokenTree.from_lists(trees, self._vocab_size, [confidence for _, _, confidence in rows])
+        # Only laws are counted here, no likeliest tokens ranked.
+        if not (isinstance(policy, GrowingPolicy) and policy.spec.is_sampled):
             raise ValueError(f"drafter ngram cannot follow the policy {type(policy).__name__}")
         return policy.grow(_NGramRound(self, sequences), noise).tree
 
@@ -97,15 +105,17 @@ class NGramDrafter:
         index.extend(sequence.token_ids[len(index.tokens) :])
         return index
 
-    def _merge(self, index: NGramIndex, policy: FixedPolicy, limit: int) -> tuple[list[int], list[int]]:
-        """Tokens and parents of one tree: the continuations as paths, a new branch taking the next rank of its parent."""
+    def _merge(self, index: NGramIndex, policy: FixedPolicy, limit: int) -> tuple[list[int], list[int], list[float]]:
+        """Tokens, parents and confidence of one tree: the continuations as paths, a new branch taking the next rank of its
+        parent. The longer the context that matches, drafted tokens included, the surer; a guess, and only its order counts."""
         depth = min(policy.max_depth, limit)
         tokens, parents = [index.tokens[-1]], [-1]
         ranks: list[tuple[int, ...]] = [()]
         child_of: dict[tuple[int, int], int] = {}
         num_children = [0]
+        confidence = [math.nan]
         for place in index.matches(index.tokens) if depth else ():
-            node = 0
+            node, size = 0, index.overlap(place)
             for token in index.continuation(place, depth):
                 child = child_of.get((node, token))
                 if child is None:
@@ -118,10 +128,12 @@ class NGramDrafter:
                     tokens.append(token)
                     parents.append(node)
                     ranks.append(rank)
+                    context = size + len(rank) - 1
+                    confidence.append(context / (context + 1) * 0.25 ** rank[-1])
                 node = child
             if len(tokens) >= policy.max_nodes:
                 break
-        return tokens, parents
+        return tokens, parents, confidence
 
 
 class _NGramRound:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence as Seq
 
@@ -37,6 +38,22 @@ class Sampled:
         kinds = {kind} if any(f < b for f, b in zip(num_fixed, branching, strict=True)) else set()
         kinds |= {DrawKind.FIXED} if any(num_fixed) else set()
         self.spec = TreeSpec(frozenset(kinds), is_chain=max(branching) == 1)
+
+    @property
+    def branching(self) -> list[int]:
+        """Children of a node at each depth."""
+        return list(self._branching)
+
+    def narrowed(self, width: int) -> Sampled:
+        """The same way to draw with at most `width` children anywhere, the FIXED ones given up first."""
+        if width < 1:
+            raise ValueError(f"width={width}: a tree needs at least one child per node")
+        narrow = copy.copy(self)
+        branching = [min(children, width) for children in self._branching]
+        cut = [before - after for before, after in zip(self._branching, branching, strict=True)]
+        fixed = [max(f - c, 0) for f, c in zip(self._num_fixed, cut, strict=True)]
+        narrow._setup(branching, fixed, self._kind)
+        return narrow
 
     def admits(self, ranks: tuple[int, ...], num_nodes: int) -> bool:
         return len(ranks) <= self.max_depth and all(r < b for r, b in zip(ranks, self._branching, strict=False))

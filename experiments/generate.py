@@ -16,7 +16,7 @@ from specdec.experiments.building import build, sampling_params
 from specdec.experiments.measurement import Measurement, decode, warm_up
 from specdec.experiments.prompts import check_chat, read_prompts, uses_chat, wrap
 from specdec.experiments.report import comparison_table
-from specdec.experiments.system import load_system, load_target, plain_system, target_name
+from specdec.experiments.system import check_speculation, load_system, load_target, plain_system, target_name
 from specdec.provenance import device_name, provenance
 from specdec.request import Result, Token
 from specdec.sampling import SamplingParams
@@ -74,6 +74,7 @@ class _Session:
 
     @staticmethod
     def load(config: GenerateConfig, prompts: list[str], params: list[SamplingParams], tracker: Tracker) -> _Session:
+        check_speculation(config.engine)
         system = load_system(config)
         target = load_target(config.target)
         chat = uses_chat(config.chat, target.tokenizer)
@@ -87,6 +88,7 @@ class _Session:
             "num_threads": torch.get_num_threads(),
             "device": device_name(target.device),
             "chat": chat,
+            "speculation": config.engine.speculation,
         }
         engine = system.engine(target, config.engine)
         plain = plain_system(system.rule).engine(target, config.engine) if config.compare else None
@@ -149,6 +151,7 @@ class _Session:
             "tau": metrics.tau,
             "tokens_per_s": metrics.tokens_per_s,
             "ttft_s": metrics.ttft_s,
+            "num_drafted": metrics.num_drafted,
             "drafted_by_depth": metrics.drafted_by_depth,
             "accepted_by_depth": metrics.accepted_by_depth,
             **self.labels,

@@ -20,6 +20,7 @@ class Measurement:
     num_prompts: int = 0
     num_tokens: int = 0
     num_target_forwards: int = 0
+    num_drafted: int = 0
     seconds: float = 0.0
     ttft_s: float = 0.0
     drafted_by_depth: list[int] = field(default_factory=list)
@@ -30,6 +31,11 @@ class Measurement:
     def tau(self) -> float:
         """Tokens per target forward, the extra token included."""
         return self.num_tokens / max(self.num_target_forwards, 1)
+
+    @property
+    def mean_nodes(self) -> float:
+        """Drafted nodes verified per target forward of a prompt, the root not counted."""
+        return self.num_drafted / max(self.num_target_forwards, 1)
 
     @property
     def tokens_per_s(self) -> float:
@@ -59,6 +65,7 @@ class Measurement:
             self.num_prompts += 1
             self.num_tokens += metrics.num_new_tokens
             self.num_target_forwards += metrics.num_target_forwards
+            self.num_drafted += metrics.num_drafted
             self.ttft_s += metrics.ttft_s
             _add_counts(self.drafted_by_depth, metrics.drafted_by_depth)
             _add_counts(self.accepted_by_depth, metrics.accepted_by_depth)

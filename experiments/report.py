@@ -37,6 +37,7 @@ def comparison_table(
     add("time to first token", *(f"{one.mean_ttft_s * 1000:.0f} ms" for one in columns))
     add("target forwards", *(f"{one.num_target_forwards}" for one in columns))
     add("tau (tokens per forward)", *(f"{one.tau:.2f}" for one in columns))
+    add("drafted nodes per forward", *(f"{one.mean_nodes:.1f}" for one in columns))
     add("accepted per depth", *(" ".join(f"{share:.0%}" for share in one.acceptance) or "-" for one in columns))
     for phase in speculative.phases:
         add(f"{phase} time", *(f"{one.phases[phase]:.2f} s ({one.shares[phase]:.0%})" for one in columns))

@@ -7,13 +7,16 @@ from pathlib import Path
 from typing import Any
 
 from specdec.config import DrafterConfig, EngineConfig, SystemConfig, TargetConfig
+from specdec.drafters.adaptive import AdaptiveSpeculation
 from specdec.engine import Engine
 from specdec.experiments.building import build, describe
-from specdec.interfaces import AcceptanceRule, Drafter, TreePolicy
+from specdec.experiments.calibration import calibrated_costs
+from specdec.interfaces import AcceptanceRule, Drafter, Speculation, TreePolicy
 from specdec.loading import embedded_model_path
 from specdec.model import PagedModel
 from specdec.verifiers import Coupled, Follow, Verifier
 
+SPECULATIONS = ("fixed", "adaptive")
 # Rules that emit, for the same seed, what plain decoding under them emits.
 SAME_TEXT = (Follow.name, Coupled.name)
 
@@ -32,6 +35,8 @@ class System:
     allow_lossy: bool = False
 
     def engine(self, target: PagedModel, config: EngineConfig) -> Engine:
+        """Raises ValueError for an unknown `speculation`; an adaptive one may measure costs first."""
+        check_speculation(config)
         verifier = Verifier(target, self.rule, allow_lossy=self.allow_lossy)
         return Engine(
             verifier,
@@ -41,7 +46,15 @@ class System:
             prefill_chunk=config.prefill_chunk,
             page_size=config.page_size,
             num_pages=config.num_pages,
+            speculation=self._speculation(target, config),
         )
+
+    def _speculation(self, target: PagedModel, config: EngineConfig) -> Speculation | None:
+        if config.speculation == "fixed" or self.drafter is None or self.policy is None:
+            return None
+        names = [str(self.labels.get(name)) for name in ("drafter", "policy")]
+        costs = calibrated_costs(target, self.drafter, self.policy, names, config.max_batch_size)
+        return AdaptiveSpeculation(self.policy, costs, self.rule.accepts, device=target.device)
 
 
 def rule_and_policy(config: SystemConfig) -> tuple[AcceptanceRule, TreePolicy | None]:
@@ -70,6 +83,12 @@ def load_system(config: SystemConfig) -> System:
     }
     drafter = None if policy is None else build(config.drafter)
     return System(drafter, policy, rule, labels, config.allow_lossy)
+
+
+def check_speculation(config: EngineConfig) -> None:
+    """Raises ValueError unless `speculation` is one there is."""
+    if config.speculation not in SPECULATIONS:
+        raise ValueError(f"engine.speculation={config.speculation!r} is unknown: choose {' or '.join(SPECULATIONS)}")
 
 
 def plain_system(rule: AcceptanceRule | None = None) -> System:

@@ -181,12 +181,14 @@ class SamplingConfig:
 
 @dataclass
 class EngineConfig:
-    """See `specdec.engine.Engine`."""
+    """See `specdec.engine.Engine`. `speculation` is fixed (every step grows the policy's trees) or adaptive (as much of them as
+    is worth its time)."""
 
     max_batch_size: int = 8
     prefill_chunk: int = 512
     page_size: int = 16
     num_pages: int | None = None
+    speculation: str = "fixed"
 
 
 @dataclass

@@ -42,12 +42,12 @@ def record_of(model: PagedModel, check: str, sources: Seq[str], *more: object) -
     return base / check / f"{digest[:32]}.json"
 
 
-def remember(record: Path | None, model: PagedModel) -> None:
-    """Written whole or not at all; a folder that cannot be written costs a check next time."""
+def remember(record: Path | None, model: PagedModel, **found: object) -> None:
+    """Written whole or not at all, with what was `found`; a folder that cannot be written costs a check next time."""
     if record is None:
         return
     with suppress(OSError):
         record.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=record.parent, suffix=".tmp", delete=False) as file:
-            json.dump({"model": model.name, "class": type(model.model).__qualname__}, file)
+            json.dump({"model": model.name, "class": type(model.model).__qualname__, **found}, file)
         os.replace(file.name, record)

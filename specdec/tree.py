@@ -22,7 +22,9 @@ class TokenTree:
     before its children), `num_nodes_B`; `draws_BM` the node each drafted draw reached, siblings in drawing order, -1
     padding; `kinds_BM` a `DrawKind` per draw; `draft_laws_BNV` row n is the law n's non-FIXED children were drawn from
     (None when every draw is FIXED). `adapted` is False where a drawn child may have been dropped after it was seen.
-    `vocab_size` bounds the tokens; it is taken from the laws when there are any. Raises ValueError naming the broken rule.
+    `vocab_size` bounds the tokens; it is taken from the laws when there are any. `confidence_BN` is the drafter's own opinion
+    of how likely each FIXED node is behind its parent (NaN: none), which no rule reads. Raises ValueError naming the broken
+    rule.
     """
 
     tokens_BN: Tensor
@@ -33,6 +35,7 @@ class TokenTree:
     draft_laws_BNV: Tensor | None = None
     adapted: bool = True
     vocab_size: int | None = None
+    confidence_BN: Tensor | None = None
 
     def __post_init__(self) -> None:
         check_tree(self)
@@ -102,7 +105,11 @@ class TokenTree:
 
     @staticmethod
     def from_parents(
-        tokens_BN: Tensor, parents_BN: Tensor, num_nodes_B: Tensor | None = None, vocab_size: int | None = None
+        tokens_BN: Tensor,
+        parents_BN: Tensor,
+        num_nodes_B: Tensor | None = None,
+        vocab_size: int | None = None,
+        confidence_BN: Tensor | None = None,
     ) -> TokenTree:
         """Trees whose every child is FIXED, from tokens and parent indices."""
         batch, nodes = tokens_BN.shape
@@ -111,7 +118,9 @@ class TokenTree:
         index = torch.arange(1, nodes, device=tokens_BN.device).expand(batch, -1)
         draws = torch.where(index < num_nodes_B[:, None], index, -1)
         kinds = torch.full_like(draws, DrawKind.FIXED)
-        return TokenTree(tokens_BN, parents_BN, num_nodes_B, draws, kinds, vocab_size=vocab_size)
+        return TokenTree(
+            tokens_BN, parents_BN, num_nodes_B, draws, kinds, vocab_size=vocab_size, confidence_BN=confidence_BN
+        )
 
     @staticmethod
     def from_paths(roots: Seq[int], paths: Seq[Seq[Seq[int]]], vocab_size: int | None = None) -> TokenTree:
@@ -131,13 +140,20 @@ class TokenTree:
         return TokenTree.from_lists(rows, vocab_size)
 
     @staticmethod
-    def from_lists(rows: Seq[tuple[list[int], list[int]]], vocab_size: int | None = None) -> TokenTree:
+    def from_lists(
+        rows: Seq[tuple[list[int], list[int]]],
+        vocab_size: int | None = None,
+        confidence: Seq[list[float]] | None = None,
+    ) -> TokenTree:
         """FIXED trees from ragged host lists of (tokens, parents), padded to the largest."""
         width = max(len(tokens) for tokens, _ in rows)
         tokens_BN = torch.tensor([tokens + [0] * (width - len(tokens)) for tokens, _ in rows])
         parents_BN = torch.tensor([parents + [-1] * (width - len(parents)) for _, parents in rows])
         num_nodes_B = torch.tensor([len(tokens) for tokens, _ in rows])
-        return TokenTree.from_parents(tokens_BN, parents_BN, num_nodes_B, vocab_size)
+        confidence_BN = None
+        if confidence is not None:
+            confidence_BN = torch.tensor([[*one, *[torch.nan] * (width - len(one))] for one in confidence])
+        return TokenTree.from_parents(tokens_BN, parents_BN, num_nodes_B, vocab_size, confidence_BN)
 
     @staticmethod
     def chain(
@@ -170,6 +186,13 @@ class TokenTree:
                 if tree.draft_laws_BNV is not None:
                     out[:, : tree.max_nodes] = tree.draft_laws_BNV
             laws = torch.cat(blank)
+        confidence = None
+        if any(tree.confidence_BN is not None for tree in trees):
+            unknown = [torch.full(tree.tokens_BN.shape, torch.nan, device=tree.device) for tree in trees]
+            found = [
+                u if tree.confidence_BN is None else tree.confidence_BN for u, tree in zip(unknown, trees, strict=True)
+            ]
+            confidence = torch.cat([_pad(one.float(), nodes, torch.nan) for one in found])
         return TokenTree(
             torch.cat([_pad(tree.tokens_BN, nodes, 0) for tree in trees]),
             torch.cat([_pad(tree.parents_BN, nodes, -1) for tree in trees]),
@@ -179,8 +202,9 @@ class TokenTree:
             laws,
             all(tree.adapted for tree in trees),
             next((tree.vocab_size for tree in trees if tree.vocab_size is not None), None),
+            confidence,
         )
 
 
-def _pad(values: Tensor, width: int, fill: int) -> Tensor:
-    return torch.nn.functional.pad(values, (0, width - values.shape[1]), value=int(fill))
+def _pad(values: Tensor, width: int, fill: float) -> Tensor:
+    return torch.nn.functional.pad(values, (0, width - values.shape[1]), value=fill)

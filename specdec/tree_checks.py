@@ -28,6 +28,8 @@ def check_tree(tree: TokenTree) -> None:
     laws = tree.draft_laws_BNV
     if laws is not None and (laws.ndim != 3 or laws.shape[:2] != (batch, nodes)):
         raise ValueError(f"draft laws {tuple(laws.shape)} must be [B, N, V] for tokens {(batch, nodes)}")
+    if tree.confidence_BN is not None and tree.confidence_BN.shape != (batch, nodes):
+        raise ValueError(f"confidence {tuple(tree.confidence_BN.shape)} must be [B, N] for tokens {(batch, nodes)}")
     index = torch.arange(nodes, device=tree.device)
     inside, parents = tree.is_node_BN, tree.parents_BN
     if not bool(((tree.num_nodes_B >= 1) & (tree.num_nodes_B <= nodes)).all()):

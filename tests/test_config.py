@@ -18,7 +18,7 @@ from specdec.drafters.training.params import TrainingParams
 from specdec.engine import Engine
 from specdec.experiments.building import build, describe, sampling_params
 from specdec.experiments.contenders import system_config
-from specdec.experiments.system import load_system, target_name
+from specdec.experiments.system import load_system, plain_system, target_name
 from specdec.model import PagedModel
 from specdec.sampling import SamplingParams
 from specdec.tracking import JsonlTracker, WandbTracker
@@ -109,6 +109,29 @@ def test_every_drafter_and_policy_builds_and_generates(
     assert len(result.token_ids) == 3
 
 
+@pytest.mark.parametrize("drafter", ["ngram", "small_model", "eagle"])
+def test_adaptive_speculation_is_calibrated_once(
+    drafter: str, model_folder: str, drafts: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SPECDEC_CACHE", str(tmp_path))
+    typed = compose("generate", f"drafter={drafter}", f"draft={drafts[drafter]}", "engine.speculation=adaptive")
+    target, system = PagedModel.load(model_folder), load_system(typed)
+    engine = system.engine(target, typed.engine)
+    assert len(list((tmp_path / "costs").glob("*.json"))) == 1
+    params = SamplingParams(max_new_tokens=12, ignore_eos=True)
+    plain = plain_system().engine(target, typed.engine).generate(["abcabc"], params)
+    assert [one.token_ids for one in engine.generate(["abcabc"], params)] == [one.token_ids for one in plain]
+    monkeypatch.setattr("specdec.experiments.calibration.measure_costs", lambda *args: 1 / 0)
+    again = system.engine(target, typed.engine)
+    assert again.speculation.costs.to_dict() == engine.speculation.costs.to_dict()
+
+
+def test_an_unknown_speculation_is_refused(model_folder: str) -> None:
+    typed = compose("generate", "engine.speculation=sometimes")
+    with pytest.raises(ValueError, match=r"engine\.speculation='sometimes' is unknown: choose fixed or adaptive"):
+        load_system(typed).engine(PagedModel.load(model_folder), typed.engine)
+
+
 def test_a_head_for_another_drafter_is_refused_with_its_name(model_folder: str, drafts: dict[str, str]) -> None:
     target = PagedModel.load(model_folder)
     for drafter, other, found in (("medusa", "eagle", "EagleHead"), ("eagle", "medusa", "MedusaHeads")):
@@ -153,8 +176,10 @@ def test_schemas_name_what_the_library_takes() -> None:
     assert all(
         training[f.name].default == f.default for f in fields(TrainingParams) if f.name not in ("num_steps", "betas")
     )
-    keywords = Engine.__init__.__kwdefaults__
-    assert {f.name: f.default for f in fields(configs.EngineConfig)} == keywords
+    keywords = dict(Engine.__init__.__kwdefaults__)
+    # A config names its speculation, the library takes one.
+    assert keywords.pop("speculation") is None
+    assert {f.name: f.default for f in fields(configs.EngineConfig) if f.name != "speculation"} == keywords
 
 
 def test_sampling_values_arrive() -> None:

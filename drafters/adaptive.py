@@ -1,0 +1,225 @@
+"""Adaptive speculation: every step drafts and verifies what is worth its time, down to nothing."""
+
+from __future__ import annotations
+
+import time
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from specdec.cost import CostModel, DraftSize, TargetSize
+from specdec.drafters.choosing import Choice, Ints, Load, Options, choose, instead, keep_best
+from specdec.drafters.outlook import Outcome, RequestRecord, Scores, outlook_for
+from specdec.drafters.pruning import prune, shallower
+from specdec.interfaces import Drafter, Noise, TreePolicy, Verdict
+from specdec.scheduler import Plan
+from specdec.sequence import Sequence
+from specdec.tree import TokenTree, TreeSpec
+
+
+@dataclass
+class SpeculationCounts:
+    """What was chosen since the start: rows that could be drafted for, those that were, the depths asked for, and the
+    drafted nodes that were verified and that were pruned; `explored_s` is what looking elsewhere was expected to cost."""
+
+    num_rows: int = 0
+    num_drafted: int = 0
+    num_levels: int = 0
+    num_nodes: int = 0
+    num_pruned: int = 0
+    explored_s: float = 0.0
+
+    @property
+    def mean_nodes(self) -> float:
+        """Drafted nodes verified per row and step."""
+        return self.num_nodes / max(self.num_rows, 1)
+
+    @property
+    def mean_depth(self) -> float:
+        """Levels drafted per row and step."""
+        return self.num_levels / max(self.num_rows, 1)
+
+
+@dataclass(frozen=True)
+class _Step:
+    """What `learn` must know of the step that was proposed."""
+
+    sequences: list[Sequence]
+    scores: Scores | None
+    depths: list[int]
+    option: int
+    load: Load
+    draft: DraftSize
+    draft_s: float
+
+
+class AdaptiveSpeculation:
+    """Chooses trees for the most tokens per second over the whole batch, from costs and acceptance as they were seen so far.
+
+    Before drafting each row gets a depth (0: it decodes plainly) and drawn trees a width; FIXED trees are pruned once more
+    after drafting, jointly over the batch (as the confidence trees of EAGLE-2, with the price of a node in place of their
+    total). Choices rest on the past alone, on this step's draft only where it holds nothing drawn, so every law is kept.
+    `explore` is the share of time that may be spent to look at what seems not to pay. `accepts` is the rule's.
+    """
+
+    _KINDS = ("wake", "deepen", "plain")
+
+    def __init__(
+        self,
+        policy: TreePolicy,
+        costs: CostModel,
+        accepts: Callable[[TreeSpec], str | None] = lambda spec: None,
+        *,
+        device: torch.device | str = "cpu",
+        explore: float = 0.01,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self.costs, self.counts = costs, SpeculationCounts()
+        self._policy, self._outlook = policy, outlook_for(policy, accepts)
+        self._records: weakref.WeakKeyDictionary[Sequence, RequestRecord] = weakref.WeakKeyDictionary()
+        self._device, self._explore, self._clock = device, explore, clock
+        # Unknown until the first step has taken its time: a step's worth of looking elsewhere is granted to begin with.
+        self._savings: dict[str, float] = {}
+        self._last: _Step | None = None
+        share = (policy.max_expanded - 1) / max(policy.max_depth - 1, 1)
+        levels = np.arange(policy.max_depth + 1)
+        # The root is run once; the levels behind it are taken to be alike.
+        self._expanded_D = np.where(levels > 0, 1 + (levels - 1) * share, 0.0)
+
+    def propose(self, step: Plan, drafter: Drafter, policy: TreePolicy, noise: Noise) -> TokenTree:
+        """Trees for `step.drafting`. Raises ValueError for another policy than the one that this was made for."""
+        if policy is not self._policy:
+            raise ValueError("adaptive speculation was set up for another policy: make one for each engine")
+        sequences = step.drafting
+        records = [self._records.setdefault(one, RequestRecord()) for one in sequences]
+        load = _load(step)
+        options = self._options(sequences, records)
+        choice = self._look_elsewhere(options, load, choose(options, load, self.costs))
+        depths: list[int] = choice.depths_B.tolist()
+        start = self._clock()
+        scores, tree = self._draft(sequences, records, depths, choice, load, drafter, noise)
+        seconds = self._clock() - start
+        caught_up = float(options.caught_up_B[choice.depths_B > 0].sum())
+        size = DraftSize(max(depths), round(float(self._expanded_D[choice.depths_B].sum())), round(caught_up))
+        for one, record, depth in zip(sequences, records, depths, strict=True):
+            record.drafted_len = len(one.token_ids) if depth else record.drafted_len
+        self._last = _Step(sequences, scores, depths, choice.option, load, size, seconds)
+        self._count(depths, scores, tree)
+        return tree
+
+    def learn(self, step: Plan, tree: TokenTree | None, verdict: Verdict, seconds: float) -> None:
+        """What became of the step and the seconds it took in all."""
+        last, self._last = self._last, None
+        if last is None or not last.sequences:
+            return
+        rows = last.load.num_rows + (0 if tree is None else int(tree.num_nodes_B.sum()) - tree.batch_size)
+        self.costs.observe_step(TargetSize(rows, last.load.num_sequences, last.load.context), seconds - last.draft_s)
+        for kind in self._KINDS:
+            earned = self._savings.get(kind, seconds) + self._explore * seconds / len(self._KINDS)
+            # Saved time must not turn into a row of steps that all look elsewhere.
+            self._savings[kind] = min(earned, 2 * seconds)
+        if not any(last.depths):
+            return
+        self.costs.observe_draft(last.draft, last.draft_s)
+        records = [self._records[one] for one in last.sequences]
+        outcomes = [
+            Outcome(depth, verdict.tokens[row], len(verdict.paths[row]) - 1) for row, depth in enumerate(last.depths)
+        ]
+        self._outlook.learn(last.scores, records, last.option, outcomes)
+
+    def _options(self, sequences: list[Sequence], records: list[RequestRecord]) -> Options:
+        gain_BDO, nodes_BDO = self._outlook.promise(records)
+        behind = [len(one.token_ids) - record.drafted_len for one, record in zip(sequences, records, strict=True)]
+        return Options(
+            gain_BDO,
+            nodes_BDO,
+            self._expanded_D,
+            np.array(behind, dtype=float),
+            np.array([min(one.max_draft_depth, self._policy.max_depth) for one in sequences]),
+        )
+
+    def _look_elsewhere(self, options: Options, load: Load, choice: Choice) -> Choice:
+        """Another choice, now and then, from which more is learned, as far as time has been saved for it.
+
+        Rows that are not drafted for would never be seen to recover, depths that are not reached to pay, and plain steps to
+        have become cheap.
+        """
+        for kind in self._KINDS:
+            for depths_B, option in self._elsewhere(kind, options, choice):
+                other = instead(options, load, self.costs, choice, depths_B, option)
+                regret = max(choice.value - other.value, 0.0) / max(choice.rate, 1e-12)
+                if regret <= self._savings.get(kind, 0.0):
+                    self._savings[kind] = self._savings.get(kind, 0.0) - regret
+                    self.counts.explored_s += regret
+                    return other
+        return choice
+
+    def _elsewhere(self, kind: str, options: Options, choice: Choice) -> list[tuple[Ints, int]]:
+        depths_B, limits_B = choice.depths_B, options.limits_B
+        is_drafting, narrowest = bool(depths_B.any()), 0
+        if kind == "wake":
+            asleep_B = (depths_B == 0) & (limits_B > 0)
+            if not asleep_B.any():
+                return []
+            # All of them, or else the one that has slept longest.
+            longest = np.where(asleep_B, options.caught_up_B, -1.0).argmax()
+            alone_B = asleep_B & (np.arange(len(asleep_B)) == longest)
+            option = choice.option if is_drafting else narrowest
+            return [(np.where(who_B, 1, depths_B), option) for who_B in (asleep_B, alone_B)]
+        if kind == "deepen":
+            deeper_B = np.where(depths_B > 0, limits_B, 0)
+            return [(deeper_B, choice.option)] if (deeper_B > depths_B).any() else []
+        return [(np.zeros_like(depths_B), narrowest)] if is_drafting else []
+
+    def _draft(
+        self,
+        sequences: list[Sequence],
+        records: list[RequestRecord],
+        depths: list[int],
+        choice: Choice,
+        load: Load,
+        drafter: Drafter,
+        noise: Noise,
+    ) -> tuple[Scores | None, TokenTree]:
+        """The drafted trees as they were scored and as they are verified."""
+        if not any(depths):
+            return None, TokenTree.roots(torch.tensor([one.root for one in sequences], device=self._device))
+        scored: list[Scores] = []
+
+        def keep(tree: TokenTree) -> Tensor | None:
+            scores = self._outlook.score(tree, records)
+            if scores is None:
+                return None
+            scored.append(scores)
+            allowed_BN = scores.depth_BN <= choice.depths_B[:, None]
+            return torch.from_numpy(keep_best(scores.probs_BN * allowed_BN, load, self.costs, choice.rate))
+
+        policy = shallower(self._outlook.policies[choice.option], depths, keep)
+        tree = drafter.propose(sequences, policy, noise)
+        if not policy.was_grown and (kept := keep(tree)) is not None:
+            tree = prune(tree, kept).tree
+        return (scored[0] if scored else None), tree
+
+    def _count(self, depths: list[int], scores: Scores | None, tree: TokenTree) -> None:
+        nodes = int(tree.num_nodes_B.sum()) - tree.batch_size
+        self.counts.num_rows += len(depths)
+        self.counts.num_drafted += sum(depth > 0 for depth in depths)
+        self.counts.num_levels += sum(depths)
+        self.counts.num_nodes += nodes
+        if scores is not None:
+            self.counts.num_pruned += int((scores.depth_BN > 0).sum()) - nodes
+
+
+def _load(step: Plan) -> Load:
+    num_prompt = sum(step.chunks)
+    return Load(
+        num_prompt + len(step.verifying),
+        len(step.sequences),
+        sum(one.num_computed for one in step.sequences),
+        num_prompt,
+        len(step.verifying),
+    )

@@ -1,0 +1,137 @@
+"""How often drafted tokens turn out right: counted online over all requests, with an offset for each request."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from specdec.cost import Array
+
+Ints = NDArray[np.int64]
+# Below and above, a probability says no more than that something is hopeless or certain.
+_LIMIT = 5.0
+
+
+class NodeRates:
+    """How often a FIXED node is right where its parent is, by depth and by the drafter's confidence in it.
+
+    Each bin counts on its own (histogram calibration: Zadrozny and Elkan 2001), starting from the confidence it stands for
+    at depth 1 and from the level above it further down. Nodes of unknown confidence (NaN) are told apart by their rank
+    among their siblings. Old counts fade, so that a bin's rate is that of its last `memory` nodes.
+    """
+
+    NUM_DEPTHS, NUM_BINS = 4, 12
+    _BY_RANK = (0.6, 0.2, 0.1, 0.05)
+
+    def __init__(self, strength: float = 6.0, memory: float = 1000.0) -> None:
+        self._strength, self._memory = strength, memory
+        centers = sigmoid(np.linspace(-_LIMIT, _LIMIT, self.NUM_BINS))
+        self._prior_C = np.array([*centers, *self._BY_RANK])
+        self._hits_DC, self._trials_DC = np.zeros((2, self.NUM_DEPTHS, len(self._prior_C)))
+        self._rates = self._estimate()
+
+    def cells(self, depth_BN: Ints, confidence_BN: Array | None, parents_BN: Ints) -> Ints:
+        """Where each node [B, N] is counted; anything at roots and padding. No confidence: that of every node is unknown."""
+        bins = np.full(depth_BN.shape, np.nan)
+        if confidence_BN is not None:
+            known = logit(confidence_BN)
+            bins = np.rint((np.clip(known, -_LIMIT, _LIMIT) + _LIMIT) / (2 * _LIMIT) * (self.NUM_BINS - 1))
+        unknown = np.isnan(bins)
+        if unknown[depth_BN > 0].any():
+            same = parents_BN[:, :, None] == parents_BN[:, None, :]
+            rank = np.minimum(np.tril(same, -1).sum(2), len(self._BY_RANK) - 1)
+            bins = np.where(unknown, self.NUM_BINS + rank, bins)
+        level = np.clip(depth_BN - 1, 0, self.NUM_DEPTHS - 1)
+        return level * len(self._prior_C) + np.nan_to_num(bins).astype(np.int64)
+
+    def rates(self, cells_BN: Ints) -> Array:
+        """The estimated probability [B, N]."""
+        return self._rates[cells_BN]
+
+    def observe(self, cells_R: Ints, is_hit_R: NDArray[np.bool_]) -> None:
+        """Nodes whose parents were right, and whether they were."""
+        size = self._hits_DC.size
+        self._trials_DC += np.bincount(cells_R, minlength=size).reshape(self._hits_DC.shape)
+        self._hits_DC += np.bincount(cells_R[is_hit_R], minlength=size).reshape(self._hits_DC.shape)
+        _fade(self._hits_DC, self._trials_DC, self._memory)
+        self._rates = self._estimate()
+
+    def _estimate(self) -> Array:
+        mean_C, table = self._prior_C, []
+        for hits_C, trials_C in zip(self._hits_DC, self._trials_DC, strict=True):
+            mean_C = (hits_C + self._strength * mean_C) / (trials_C + self._strength)
+            table.append(mean_C)
+        return np.concatenate(table)
+
+
+class DrawRates:
+    """How often one of the `width` drawn children of an accepted node is accepted, by depth and width.
+
+    Widths that were never tried are taken to draw independently, 1 - (1 - a)^width (Leviathan et al. 2023, section 3.1, is
+    width 1); depths that were not, to be like the level above. Old counts fade as in `NodeRates`.
+    """
+
+    def __init__(self, max_depth: int, max_width: int, strength: float = 6.0, memory: float = 500.0) -> None:
+        self._strength, self._memory = strength, memory
+        self._hits_DW, self._trials_DW = np.zeros((2, max_depth, max_width + 1))
+        self._prior = 0.6
+
+    def rates(self) -> Array:
+        """The estimated probability [D, W] at depth d + 1 for width w; widths from 1 on."""
+        widths_W = np.arange(self._hits_DW.shape[1])
+        # What a single draw would have given, had the draws of each tried width been independent.
+        raw_DW = np.minimum(self._hits_DW / np.maximum(self._trials_DW, 1e-9), 1 - 1e-6)
+        each_DW = self._trials_DW * (1 - (1 - raw_DW) ** (1 / np.maximum(widths_W, 1)))
+        single, rows = self._prior, []
+        for each, trials, hits_W, trials_W in zip(
+            each_DW.sum(1), self._trials_DW.sum(1), self._hits_DW, self._trials_DW, strict=True
+        ):
+            single = (self._strength * single + each) / (self._strength + trials)
+            prior_W = 1 - (1 - single) ** widths_W
+            rows.append((hits_W + self._strength * prior_W) / (trials_W + self._strength))
+        return np.stack(rows)
+
+    def observe(self, depth: int, width: int, num_trials: float, num_hits: float) -> None:
+        """Of `num_trials` accepted nodes at `depth` with `width` drawn children each, `num_hits` had one accepted."""
+        self._trials_DW[depth, width] += num_trials
+        self._hits_DW[depth, width] += num_hits
+        _fade(self._hits_DW, self._trials_DW, self._memory)
+
+
+class Offset:
+    """How much better or worse a request's drafts do than all requests' together, in log-odds.
+
+    Moved along the gradient of the logistic likelihood, in large steps while little is known, and drawn to zero: the prior
+    that all requests share.
+    """
+
+    _SMALLEST, _TO_ZERO = 0.1, 0.998
+
+    def __init__(self) -> None:
+        self.value, self._num_seen = 0.0, 0
+
+    def observe(self, surprise: float) -> None:
+        """One accepted node's children: how many of them were right less how many were expected to be."""
+        step = max(1 / (1 + self._num_seen / 5), self._SMALLEST)
+        self.value = min(max(self._TO_ZERO * self.value + step * surprise, -_LIMIT), _LIMIT)
+        self._num_seen += 1
+
+
+def shifted(probs: Array, offsets: Array) -> Array:
+    """Probabilities moved by offsets in log-odds; 0 and 1 stay short of themselves."""
+    return sigmoid(logit(probs) + offsets)
+
+
+def sigmoid(x: Array) -> Array:
+    return 1 / (1 + np.exp(-x))
+
+
+def logit(probs: Array) -> Array:
+    inside = np.clip(probs, 1e-4, 1 - 1e-4)
+    return np.log(inside / (1 - inside))
+
+
+def _fade(hits: Array, trials: Array, memory: float) -> None:
+    keep = memory / np.maximum(trials, memory)
+    hits *= keep
+    trials *= keep

@@ -1,0 +1,232 @@
+"""Adaptive speculation in a world whose costs and acceptance are known: near the best, and never far below plain."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from simulated import Always, World
+
+from specdec import Engine, PagedModel, SamplingParams
+from specdec.cost import CostModel, DraftCost, TargetCost
+from specdec.drafters import Mixed, NGramDrafter, Sampled, SmallModelDrafter, Static, TopK, chain
+from specdec.drafters.adaptive import AdaptiveSpeculation
+from specdec.drafters.choosing import Load, Options, choose, keep_best
+from specdec.drafters.pruning import prune
+from specdec.tree import DrawKind, TokenTree
+from specdec.verifiers import Verifier
+
+
+def flat(rows: float) -> float:
+    """A forward bound by memory up to 16 rows, by arithmetic above."""
+    return 0.04 * max(1.0, rows / 16)
+
+
+def linear(rows: float) -> float:
+    return 0.01 + 0.005 * rows
+
+
+KNOTS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+
+
+def model(target_s, level_s: float = 0.004, node_s: float = 2e-4) -> CostModel:
+    return CostModel(TargetCost(KNOTS, tuple(map(target_s, KNOTS))), DraftCost(1e-9, level_s, node_s))
+
+
+@pytest.mark.parametrize("target_s", [flat, linear])
+@pytest.mark.parametrize("batch", [1, 2, 3, 8])
+def test_the_choice_is_near_the_optimum_of_all_assignments(target_s, batch: int) -> None:
+    """Chains: each row may go to any depth; brute force tries them all."""
+    generator = np.random.default_rng(batch)
+    depth, costs = 4 if batch < 8 else 2, model(target_s)
+    for _ in range(6):
+        hazard_B = generator.choice([0.0, 0.2, 0.5, 0.8, 0.95], batch)
+        gain_BD = np.concatenate([np.zeros((batch, 1)), np.cumprod(np.tile(hazard_B[:, None], depth), 1).cumsum(1)], 1)
+        gain_BDO = gain_BD[..., None]
+        levels = np.arange(depth + 1.0)
+        nodes_BDO = np.broadcast_to(levels[:, None], gain_BDO.shape)
+        options = Options(gain_BDO, nodes_BDO, levels, np.zeros(batch), np.full(batch, depth))
+        load = Load(batch, batch, 0, 0, batch)
+        found = choose(options, load, costs, margin=0.0)
+
+        def rate(depths: tuple[int, ...], gain_BD: np.ndarray = gain_BD) -> float:
+            tokens = batch + sum(gain_BD[row, d] for row, d in enumerate(depths))
+            nodes = np.array(float(sum(depths)))
+            draft = costs.draft_s(np.array(float(max(depths))), nodes, np.zeros(()))
+            return tokens / float(costs.step_s(batch + nodes, batch, 0) + draft)
+
+        best = max(map(rate, itertools.product(range(depth + 1), repeat=batch)))
+        assert rate(tuple(found.depths_B.tolist())) >= 0.995 * best
+        assert found.tokens / found.seconds == pytest.approx(found.rate)
+
+
+def test_pruning_keeps_the_best_set_of_every_size() -> None:
+    generator, costs = np.random.default_rng(0), model(lambda rows: 0.01 + 0.004 * rows)
+    probs = np.sort(generator.random((2, 5)), 1)[:, ::-1] * [[0.9], [0.4]]
+    probs[:, 0] = 0
+    load, rate = Load(2, 2, 0, 0, 2), 80.0
+
+    def value(keep: np.ndarray) -> float:
+        return float(probs[keep].sum() - rate * costs.step_s(np.array(2.0 + keep.sum()), 2, 0))
+
+    subsets = (np.array(bits).reshape(2, 5) for bits in itertools.product([False, True], repeat=10))
+    best = max(value(keep) for keep in subsets)
+    assert value(keep_best(probs, load, costs, rate)) == pytest.approx(best)
+    assert not keep_best(probs, load, costs, 1e9).any()
+
+
+def test_prompts_in_a_step_do_not_make_time_look_cheap() -> None:
+    """A step of 200 prompt tokens takes long whatever is drafted; what a node costs in it is all that matters."""
+    gain = np.array([0.0, 0.3]).reshape(1, 2, 1)
+    options = Options(gain, gain / 0.3, np.array([0.0, 1.0]), np.zeros(1), np.array([1]))
+    costs = model(lambda rows: 0.01 + 0.005 * rows, level_s=0.0, node_s=0.0)
+    assert choose(options, Load(1, 1, 0, 0, 1), costs).depths_B.tolist() == [0]
+    assert choose(options, Load(201, 2, 0, 200, 1), costs).depths_B.tolist() == [0]
+
+
+def chain_rate(hits: list[float], target_s, level_s: float, node_s: float, depth: int) -> float:
+    rows, tokens = len(hits) * (1 + depth), sum(q**i for q in hits for i in range(depth + 1))
+    return tokens / (target_s(rows) + depth * level_s + depth * len(hits) * node_s)
+
+
+@pytest.mark.parametrize("kind", ["fixed", "iid"])
+@pytest.mark.parametrize(
+    ("hits", "target_s"),
+    [
+        ([0.3], flat),
+        ([0.8], flat),
+        ([0.0] * 4, flat),
+        ([0.6] * 4, flat),
+        ([0.9] * 4, flat),
+        ([0.9] * 16, flat),
+        ([0.0], linear),
+        ([0.6] * 8, linear),
+        ([0.0, 0.9] * 4, flat),
+    ],
+    ids=str,
+)
+def test_near_the_best_fixed_chain_and_never_far_below_plain(kind: str, hits: list[float], target_s) -> None:
+    level_s, node_s, policy = 0.004, 2e-4, chain(6, kind)
+    world = World(len(hits), lambda row, step: [hits[row]], target_s, level_s, node_s)
+    speculation = AdaptiveSpeculation(policy, world.costs(), clock=lambda: world.now)
+    found = world.run(speculation, policy, steps=150, skip=60)
+    plain = len(hits) / target_s(len(hits))
+    best = max(chain_rate(hits, target_s, level_s, node_s, depth) for depth in range(7))
+    # Tokens are random: their own standard error is allowed for beside the few per cent.
+    noise = 2.5 / np.sqrt(150 * len(hits))
+    assert found >= (0.96 - (noise if best > plain * 1.02 else 0.0)) * best
+    assert found >= 0.98 * plain
+    assert speculation.counts.explored_s <= 0.011 * world.now + 4 * target_s(7 * len(hits))
+
+
+def test_wide_trees_are_pruned_to_what_they_are_worth() -> None:
+    """Half of the steps are easy and the drafter knows which: a fixed tree cannot tell them apart."""
+
+    def right(row: int, step: int) -> list[float]:
+        return [0.9, 0.05, 0.02, 0.01] if (step + row) % 2 else [0.25, 0.2, 0.1, 0.05]
+
+    def run(speculation, policy) -> tuple[World, float]:
+        world = World(4, right, flat, 0.001, 1e-5, told=lambda p: [x**0.5 / 2.2 for x in p])
+        one = speculation(policy, world) if speculation is not Always else Always()
+        return world, world.run(one, policy, steps=150, skip=80)
+
+    policies = [TopK(16, 5, 4), TopK(8, 4, 2), chain(3), chain(2)]
+    fixed = max(run(Always, policy)[1] for policy in policies)
+    world, found = run(lambda policy, w: AdaptiveSpeculation(policy, w.costs(), clock=lambda: w.now), policies[0])
+    assert found > 1.02 * fixed
+    sizes = np.array(world.drafted[-50:])
+    assert sizes.max() > 2 * sizes.min() + 1
+
+
+def test_narrower_trees_are_drawn_where_nodes_are_dear() -> None:
+    policy = Sampled([3, 2, 1])
+    sizes = {}
+    for batch in (1, 12):
+        world = World(batch, lambda row, step: [0.7], linear if batch > 1 else flat, 1e-4, 1e-6)
+        world.run(AdaptiveSpeculation(policy, world.costs(), clock=lambda w=world: w.now), policy, steps=60)
+        sizes[batch] = np.mean(world.drafted[-20:])
+    assert sizes[12] < sizes[1]
+
+
+def test_a_request_that_recovers_is_found_again() -> None:
+    world = World(4, lambda row, step: [0.0 if step < 80 else 0.9], flat, 0.001, 1e-5)
+    policy = chain(4)
+    speculation = AdaptiveSpeculation(policy, world.costs(), clock=lambda: world.now)
+    world.run(speculation, policy, steps=80)
+    assert np.mean(world.drafted[60:80]) < 0.2
+    world.run(speculation, policy, steps=150)
+    assert np.mean(world.drafted[-30:]) > 2
+
+
+def test_wrong_costs_are_put_right_by_what_steps_take() -> None:
+    """Calibrated as if rows were free; in truth each costs as much as the first."""
+    world = World(2, lambda row, step: [0.3], lambda rows: 0.01 * rows, 1e-4, 1e-6)
+    policy = chain(4)
+    speculation = AdaptiveSpeculation(policy, model(lambda rows: 0.02, 1e-4, 1e-6), clock=lambda: world.now)
+    found = world.run(speculation, policy, steps=100, skip=150)
+    assert found > 0.95 * 2 / world.target_s(2)
+
+
+def test_same_times_same_choices() -> None:
+    runs = []
+    for _ in range(2):
+        world = World(3, lambda row, step: [0.7, 0.2], flat, 0.002, 1e-5)
+        policy = TopK(8, 3, 2)
+        world.run(AdaptiveSpeculation(policy, world.costs(), clock=lambda w=world: w.now), policy, steps=40)
+        runs.append((world.drafted, world.now))
+    assert runs[0] == runs[1]
+
+
+def test_prune_renumbers_and_refuses_what_was_drawn() -> None:
+    tokens, parents = torch.tensor([[9, 1, 2, 3, 4, 5]]), torch.tensor([[-1, 0, 0, 1, 2, 4]])
+    tree = TokenTree.from_parents(tokens, parents, vocab_size=10)
+    pruned = prune(tree, torch.tensor([[False, False, True, False, True, False]]))
+    assert pruned.tree.tokens_BN.tolist() == [[9, 2, 4]] and pruned.tree.parents_BN.tolist() == [[-1, 0, 1]]
+    assert pruned.origin_BN.tolist() == [[0, 2, 4]]
+    with pytest.raises(ValueError, match="without its parent"):
+        prune(tree, torch.tensor([[True, False, True, True, True, True]]))
+    laws = torch.full((1, 3, 10), 0.1)
+    drawn = TokenTree.chain(tokens[:, :3], laws, DrawKind.IID)
+    with pytest.raises(ValueError, match="before it is drawn"):
+        prune(drawn, torch.tensor([[True, True, False]]))
+
+
+POLICIES = {
+    "chain": lambda: chain(4),
+    "static": lambda: Static([[0], [1], [0, 0], [0, 1], [1, 0], [0, 0, 0]]),
+    "top_k": lambda: TopK(12, 4, 3),
+    "chain_iid": lambda: chain(4, "iid"),
+    "sampled": lambda: Sampled([3, 2, 1]),
+    "mixed": lambda: Mixed([3, 2, 1]),
+}
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("drafter", ["ngram", "small_model"])
+def test_the_text_is_that_of_plain_decoding(tiny, drafter: str, policy: str) -> None:
+    """Whatever is chosen, under times that have nothing to do with any model; the accepted drafts say that much was."""
+    target, draft = PagedModel(tiny(0)), PagedModel(tiny(0, noise=0.03))
+    prompts = [[5, 6, 7, 8, 9, 5, 6, 7], [9, 10, 11], [3] * 23, [4, 5, 4, 5, 4]]
+    params = [SamplingParams(temperature=0.7 * (i % 2), seed=i, max_new_tokens=40) for i in range(4)]
+    plain = [one.token_ids for one in Engine(Verifier(target)).generate(prompts, params)]
+    times = itertools.count(step=0.013)
+    for target_s in (flat, linear):
+        one, tree = (NGramDrafter() if drafter == "ngram" else SmallModelDrafter(draft)), POLICIES[policy]()
+        speculation = AdaptiveSpeculation(tree, model(target_s), explore=0.3, clock=lambda: next(times))
+        engine = Engine(Verifier(target), one, tree, prefill_chunk=7, page_size=4, speculation=speculation)
+        results = engine.generate(prompts, params)
+        assert [one.token_ids for one in results] == plain
+        counts = speculation.counts
+        # Some rows were drafted for and some were not.
+        assert 0 < counts.num_drafted < counts.num_rows
+        assert sum(one.metrics.num_drafted for one in results) == counts.num_nodes
+
+
+def test_another_policy_is_refused(tiny) -> None:
+    target = PagedModel(tiny(0))
+    speculation = AdaptiveSpeculation(chain(2), model(flat))
+    engine = Engine(Verifier(target), NGramDrafter(), chain(2), speculation=speculation)
+    with pytest.raises(ValueError, match="another policy"):
+        engine.generate([[5, 6, 5, 6]], SamplingParams(max_new_tokens=4))
