@@ -96,7 +96,8 @@ def run_stream(
         engine.check()
         step += 1
     engine.check()
-    results = {str(index): handle.result for index, handle in handles.items()}
+    results = {str(index): handle.result for index, handle in handles.items() if handle.result is not None}
+    assert len(results) == len(handles), "an idle engine has requests without a result"
     metrics = engine.metrics
     return StreamResult(
         {index: result.token_ids for index, result in results.items()},
