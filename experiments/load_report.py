@@ -18,6 +18,7 @@ from specdec.experiments.load_rows import crossover
 
 Row = dict[str, Any]
 AXES = {"concurrency": "users at once", "rate": "requests per second"}
+UNITS = {"concurrency": "users", "rate": "/s"}
 
 
 def load_tables(rows: Seq[Row]) -> Group:
@@ -35,7 +36,7 @@ def load_tables(rows: Seq[Row]) -> Group:
 def prefix_table(rows: Seq[Row]) -> Table:
     """Prompt tokens computed and time to first token, with prefixes shared and not."""
     table = Table(title="\nsharing prefixes", title_justify="left")
-    for name in ("load", "contender", "prompt tokens", "computed", "not shared", "TTFT p50, p95", "not shared"):
+    for name in ("load", "contender", "prompt tokens", "computed", "not shared", "TTFT ms p50/p95", "not shared"):
         table.add_column(name)
     for row in rows:
         other = next((one for one in rows if _place(one) == _place(row) and one["share_prefixes"] is False), None)
@@ -101,15 +102,15 @@ def _speed_table(rows: Seq[Row]) -> Table:
         "tokens/s": lambda row: f"{row['tokens_per_s']:.1f}",
         "speedup": lambda row: f"{row['speedup']:.2f}x" if "speedup" in row else "",
         "tau": lambda row: "" if row.get("tau") is None else f"{row['tau']:.2f}",
-        "TTFT p50, p95": lambda row: _times(row["ttft_p50_s"], row["ttft_p95_s"]),
-        "ITL p50, p95, p99": lambda row: _times(row["itl_p50_s"], row["itl_p95_s"], row["itl_p99_s"]),
-        "occupancy": lambda row: "" if row.get("occupancy") is None else f"{row['occupancy']:.0%}",
+        "TTFT ms": lambda row: _times(row["ttft_p50_s"], row["ttft_p95_s"]),
+        "ITL ms": lambda row: _times(row["itl_p50_s"], row["itl_p95_s"], row["itl_p99_s"]),
+        "busy": lambda row: "" if row.get("occupancy") is None else f"{row['occupancy']:.0%}",
         "preempted": lambda row: _count(row.get("num_preemptions")),
-        "other text": lambda row: f"{row['num_differing']} of {row['num_compared']}",
+        "differing": lambda row: f"{row['num_differing']}/{row['num_compared']}",
     }
-    table = Table()
+    table = Table(caption="TTFT: p50/p95, ITL: p50/p95/p99; busy: occupancy; differing: texts unlike plain decoding's")
     for name in columns:
-        table.add_column(name)
+        table.add_column(name, overflow="fold")
     shown = None
     for row in rows:
         if _load(row) != shown:
@@ -141,7 +142,7 @@ def _kind(row: Row) -> str:
 
 def _load(row: Row) -> str:
     kind = _kind(row)
-    return f"{row[kind]:g} {AXES[kind]}"
+    return f"{row[kind]:g} {UNITS[kind]}"
 
 
 def _place(row: Row) -> tuple[Any, ...]:
@@ -153,7 +154,7 @@ def _count(value: int | None) -> str:
 
 
 def _times(*seconds: float | None) -> str:
-    return ", ".join("?" if one is None else f"{1000 * one:.0f}" for one in seconds) + " ms"
+    return "/".join("?" if one is None else f"{1000 * one:.0f}" for one in seconds)
 
 
 def _title(row: Row) -> str:

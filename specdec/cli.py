@@ -236,7 +236,7 @@ def explain(error: BaseException, words: list[str]) -> str:
         text = f"{group}={option} is unknown{_meant(option, choices)}; choose one of {', '.join(choices)}"
     elif found := re.search(r"^Could not override '(.*?)'", message):
         inside = re.match(r"Key '(\w+)' not in", str(cause))
-        if inside and inside[1] != re.split("[./]", found[1])[-1]:
+        if inside and inside[1] not in re.split("[./]", found[1]):
             # The key itself is fine: what is given to it holds another one.
             text = f"{found[1]} holds an unknown key {inside[1]!r}"
         else:
