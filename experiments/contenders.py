@@ -72,16 +72,10 @@ class TransformersContender:
     def decode(self, prompt_token_ids: list[int], params: SamplingParams) -> Decoded:
         """Greedy, with nothing of the model's own generation defaults but its end-of-sequence ids."""
         model = self.target.model
-        ends = sorted(self.target.eos_token_ids)
-        config = GenerationConfig(
-            do_sample=False,
-            max_new_tokens=params.max_new_tokens,
-            eos_token_id=None if params.ignore_eos or not ends else ends,
-            pad_token_id=ends[0] if ends else 0,
-        )
+        config = greedy_config(self.target, params)
         ids = torch.tensor([prompt_token_ids], device=model.device)
         clock = _FirstToken()
-        with _own_attention(model, config), _counted_forwards(model) as count, torch.inference_mode():
+        with own_attention(model, config), counted_forwards(model) as count, torch.inference_mode():
             start = time.perf_counter()
             out = model.generate(ids, attention_mask=torch.ones_like(ids), streamer=clock, **self.options)
             new = out[0, len(prompt_token_ids) :].tolist()
@@ -148,8 +142,20 @@ class _FirstToken(BaseStreamer):
         """Nothing is held back."""
 
 
+def greedy_config(target: PagedModel, params: SamplingParams) -> GenerationConfig:
+    """Greedy generation, with nothing of the model's own defaults but its end-of-sequence ids."""
+    ends = sorted(target.eos_token_ids)
+    return GenerationConfig(
+        do_sample=False,
+        max_new_tokens=params.max_new_tokens,
+        eos_token_id=None if params.ignore_eos or not ends else ends,
+        pad_token_id=ends[0] if ends else 0,
+    )
+
+
 @contextmanager
-def _own_attention(model: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
+def own_attention(model: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
+    """Inside, the model generates as transformers has it: its own attention, and `config` as its defaults."""
     saved = model.generation_config
     model.set_attn_implementation("sdpa")
     model.generation_config = config
@@ -161,7 +167,7 @@ def _own_attention(model: PreTrainedModel, config: GenerationConfig) -> Iterator
 
 
 @contextmanager
-def _counted_forwards(model: PreTrainedModel) -> Iterator[list[None]]:
+def counted_forwards(model: PreTrainedModel) -> Iterator[list[None]]:
     """A list with one entry per forward of the model."""
     calls: list[None] = []
     hook = model.register_forward_pre_hook(lambda *_: calls.append(None))

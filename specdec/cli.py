@@ -236,7 +236,12 @@ def explain(error: BaseException, words: list[str]) -> str:
         choices = options(group)
         text = f"{group}={option} is unknown{_meant(option, choices)}; choose one of {', '.join(choices)}"
     elif found := re.search(r"^Could not override '(.*?)'", message):
-        text = _unknown_key(found[1], words)
+        inside = re.match(r"Key '(\w+)' not in", str(cause))
+        if inside and inside[1] not in re.split("[./]", found[1]):
+            # The key itself is fine: what is given to it holds another one.
+            text = f"{found[1]} holds an unknown key {inside[1]!r}"
+        else:
+            text = _unknown_key(found[1], words)
     elif isinstance(error, ConfigCompositionException) and isinstance(cause, OmegaConfBaseException):
         override = message.removeprefix("Error merging override ")
         text = f"{override}: {str(cause).partition(chr(10))[0]}"

@@ -354,6 +354,75 @@ class AccuraciesConfig:
 
 
 @dataclass
+class PromptSetConfig(PromptsConfig):
+    """One prompt set of a mixture, drawn from with `weight`; `name` is what rows call it (None: the file's name)."""
+
+    name: str | None = None
+    weight: float = 1.0
+
+
+@dataclass
+class LengthConfig:
+    """Numbers of tokens, `low` to `high`, each as likely as the others; both None: as they come."""
+
+    low: int | None = None
+    high: int | None = None
+
+
+@dataclass
+class LoadConfig(SystemConfig, RunConfig):
+    """Requests from `prompt_file` or a `mixture` of sets: `num_requests` of them, sent before `duration_s` (None: whenever),
+    `prefix_share` of them behind the same `prefix_tokens` tokens; see `specdec.experiments.workload`.
+
+    Each of `concurrencies` is a closed loop of so many users, each of `rates` an open one of so many requests per second.
+    Each of `contenders` serves every point `num_repeats` times, with pages shared or not as `share_prefixes` lists
+    (none: as the engine does).
+    """
+
+    prompts: str | None = None
+    mixture: list[PromptSetConfig] = field(default_factory=list)
+    prompt_length: LengthConfig = field(default_factory=LengthConfig)
+    output_length: LengthConfig = field(default_factory=LengthConfig)
+    prefix_tokens: int = MISSING
+    prefix_share: float = MISSING
+    concurrencies: list[int] = MISSING
+    rates: list[float] = MISSING
+    num_requests: int = MISSING
+    duration_s: float | None = None
+    contenders: list[str] = MISSING
+    share_prefixes: list[bool] = MISSING
+    num_repeats: int = MISSING
+    seed: int = MISSING
+    work_dir: str = MISSING
+
+
+@dataclass
+class StreamCheckConfig(PromptsConfig):
+    """`num_requests` requests in streams of `stream_length`, each through an engine of sizes drawn from `seed` with the next
+    of `systems` (those of `draft_systems` join them where `draft` names a draft model), at one of `temperatures`; a share
+    `cancel_share` is cancelled, `prefix_share` starts with the same `prefix_tokens` tokens."""
+
+    target: TargetConfig = field(default_factory=TargetConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    prompts: str | None = None
+    draft: str | None = None
+    systems: list[str] = MISSING
+    draft_systems: list[str] = MISSING
+    temperatures: list[float] = MISSING
+    prompt_length: LengthConfig = field(default_factory=LengthConfig)
+    output_length: LengthConfig = field(default_factory=LengthConfig)
+    prefix_tokens: int = MISSING
+    prefix_share: float = MISSING
+    cancel_share: float = MISSING
+    num_requests: int = MISSING
+    stream_length: int = MISSING
+    seed: int = MISSING
+    output: str = MISSING
+    work_dir: str = MISSING
+
+
+@dataclass
 class SourceConfig:
     """Base of where training texts come from."""
 
@@ -521,6 +590,8 @@ SCHEMAS: dict[str, type] = {
     "acceptance": AcceptanceConfig,
     "accuracies": AccuraciesConfig,
     "certify": CertifyConfig,
+    "load": LoadConfig,
+    "stream_check": StreamCheckConfig,
     "data": DataConfig,
     "inspect": HeadFilesConfig,
     "export": ExportConfig,

@@ -40,6 +40,8 @@ FOLDERS = {
     "inspect": ["path=somewhere"],
     "export": ["path=somewhere", "format=vllm", "output=there"],
     "certify": ["output=one.json", "work_dir=."],
+    "load": ["output=rows.jsonl", "work_dir=."],
+    "stream_check": ["output=rows.jsonl", "work_dir=."],
 }
 
 

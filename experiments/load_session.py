@@ -1,0 +1,134 @@
+"""Serving a sweep: contenders take turns at every point, measurements are kept, and progress is shown."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from collections.abc import Sequence as Seq
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from specdec.experiments.arrivals import Arrivals, ClosedLoop, OpenLoop, poisson_times
+from specdec.experiments.driving import Clock, Emission, Served, Server, drive
+from specdec.experiments.load_contenders import LoadContender
+from specdec.experiments.load_rows import LoadRun, Point
+from specdec.experiments.resume import Measurements, digest
+from specdec.experiments.workload import LoadRequest
+from specdec.live import LiveState, LiveView, Meter
+
+WARM_UP_TOKENS = 64
+
+
+@dataclass
+class Session:
+    """The contenders of one load and the requests that each of them serves; `common` says what all have in common."""
+
+    contenders: Mapping[str, LoadContender]
+    requests: Seq[LoadRequest]
+    raw: Measurements
+    common: dict[str, Any]
+    clock: Clock
+    seed: int = 0
+    duration_s: float | None = None
+    _warm: set[str] = field(default_factory=set)
+
+    def serve_all(self, points: Seq[Point], num_repeats: int, view: LiveView) -> dict[tuple[str, Point], list[LoadRun]]:
+        """Every contender's runs at every point; what is known already is not served again."""
+        sent = digest([asdict(one) for one in self.requests], self.seed)
+        names = list(self.contenders)
+        runs: dict[tuple[str, Point], list[LoadRun]] = {(name, point): [] for point in points for name in names}
+        progress = _Progress(len(runs) * num_repeats, self.clock)
+        for number, point in enumerate(points):
+            for repeat in range(num_repeats):
+                # Nobody is always first, when the machine is cool, or always last.
+                first = (number + repeat) % len(names)
+                for name in names[first:] + names[:first]:
+                    one = self.contenders[name]
+                    key = digest(name, one.labels, asdict(point), repeat, sent, self.common)
+                    found = self.raw.get(key)
+                    if found is not None:
+                        run = LoadRun(**found["run"])
+                    else:
+                        run = self._serve(name, point, progress, view)
+                        self.raw.put(key, name=name, load=point.label, repeat=repeat, run=asdict(run))
+                        view.note(_line(name, point, repeat, run))
+                    progress.ended(is_new=found is None)
+                    runs[name, point].append(run)
+        return runs
+
+    def _serve(self, name: str, point: Point, progress: _Progress, view: LiveView) -> LoadRun:
+        contender = self.contenders[name]
+        if name not in self._warm:
+            self._warm_up(contender)
+            self._warm.add(name)
+        server = contender.serve()
+        begin = self.clock.now()
+        meter = Meter(lambda: self.clock.now() - begin)
+
+        def watch(emissions: list[Emission], served: dict[int, Served]) -> None:
+            for one in emissions:
+                request = served[one.index]
+                meter.count(one.index, len(one.token_ids), one.time_s - begin, one.is_last, request.arrival_s)
+            view.show(lambda: self._state(f"{name}, {point.label}", server, meter, progress))
+
+        try:
+            served = drive(server, self._arrivals(point), self.clock, watch)
+            return LoadRun.of(served, server.cost())
+        finally:
+            server.close()
+
+    def _warm_up(self, contender: LoadContender) -> None:
+        """A few tokens that nobody counts, on a server that is thrown away, so that no measurement pays for first calls."""
+        params = replace(self.requests[0].params, max_new_tokens=8, ignore_eos=True)
+        begins = [replace(one, prompt=one.prompt[:WARM_UP_TOKENS], params=params) for one in self.requests[:2]]
+        server = contender.serve()
+        try:
+            drive(server, ClosedLoop(begins, len(begins)), self.clock)
+        finally:
+            server.close()
+
+    def _arrivals(self, point: Point) -> Arrivals:
+        if point.kind == "concurrency":
+            return ClosedLoop(self.requests, int(point.value), self.duration_s)
+        times = poisson_times(point.value, len(self.requests), self.seed)
+        return OpenLoop(self.requests, times, self.duration_s)
+
+    def _state(self, title: str, server: Server, meter: Meter, progress: _Progress) -> LiveState:
+        total = len(self.requests)
+        return LiveState(
+            f"{title} ({progress.num_ended + 1} of {progress.total} loads)",
+            meter.num_ended,
+            total,
+            meter.tokens_per_s,
+            meter.latency,
+            server.gauges(),
+            progress.eta_s(meter.num_ended / total),
+        )
+
+
+@dataclass
+class _Progress:
+    """How far a sweep is; the time to come is that of the loads served in this process, as if all took as long."""
+
+    total: int
+    clock: Clock
+    num_ended: int = 0
+    num_new: int = 0
+
+    def __post_init__(self) -> None:
+        self._begin = self.clock.now()
+
+    def ended(self, is_new: bool) -> None:
+        self.num_ended += 1
+        self.num_new += is_new
+
+    def eta_s(self, share: float) -> float | None:
+        """With `share` of the present load done; None before anything is."""
+        done = self.num_new + share
+        return (self.clock.now() - self._begin) / done * (self.total - self.num_ended - share) if done else None
+
+
+def _line(name: str, point: Point, repeat: int, run: LoadRun) -> str:
+    first, between = run.latencies["ttft_p50_s"], run.latencies["itl_p50_s"]
+    waits = "" if first is None else f", TTFT {1000 * first:.0f} ms"
+    waits += "" if between is None else f", ITL {1000 * between:.0f} ms"
+    return f"{point.label}, {name}, repeat {repeat + 1}: {run.tokens_per_s:.1f} tokens/s{waits}"

@@ -1,0 +1,68 @@
+"""An engine of this library as a server of a load."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import groupby
+from typing import Any
+
+from specdec.engine import Engine
+from specdec.experiments.driving import Clock, Emission
+from specdec.experiments.measurement import PHASES
+from specdec.experiments.workload import LoadRequest
+from specdec.live import Gauges, engine_gauges
+
+
+class EngineServer:
+    """Steps an engine; a step's tokens come when it ends."""
+
+    def __init__(self, engine: Engine, clock: Clock) -> None:
+        self.engine, self._clock = engine, clock
+        self._num_tokens = self._num_forwards = 0
+
+    @property
+    def is_idle(self) -> bool:
+        return self.engine.is_idle
+
+    def submit(self, request: LoadRequest) -> None:
+        self.engine.submit(request.prompt, request.params, index=request.index)
+
+    def step(self, wait_s: float | None) -> list[Emission]:
+        tokens = self.engine.step()
+        now = self._clock.now()
+        found = []
+        for index, group in groupby(tokens, key=lambda token: token.index):
+            same = list(group)
+            result = same[-1].result
+            found.append(Emission(index, [token.token_id for token in same], now, result is not None))
+            if result is not None:
+                self._num_tokens += result.metrics.num_new_tokens
+                self._num_forwards += result.metrics.num_target_forwards
+        return found
+
+    def gauges(self) -> Gauges:
+        return replace(engine_gauges(self.engine), tau=self._tau)
+
+    def cost(self) -> dict[str, Any]:
+        metrics, times = self.engine.metrics, self.engine.metrics.times
+        return {
+            "tau": self._tau,
+            "occupancy": metrics.occupancy,
+            "num_steps": metrics.num_steps,
+            "num_prompt_tokens": metrics.num_prompt_tokens,
+            "num_prompt_tokens_computed": metrics.num_prefill_tokens,
+            "num_prefix_tokens": metrics.num_prefix_tokens,
+            "num_computed_tokens": metrics.num_computed_tokens,
+            "prefix_hit_rate": metrics.num_prefix_tokens / metrics.num_prompt_tokens,
+            "num_preemptions": metrics.num_preemptions,
+            "pages_used": metrics.num_used_pages,
+            **{f"{name}_share": getattr(times, phase) / times.total_s for name, phase in PHASES.items()},
+        }
+
+    def close(self) -> None:
+        """Its pages go with the engine."""
+
+    @property
+    def _tau(self) -> float | None:
+        """Over the requests that have ended."""
+        return self._num_tokens / self._num_forwards if self._num_forwards else None
