@@ -101,14 +101,18 @@ def engine_laws(
     drafter: Drafter | None = None,
     **options: Any,
 ) -> list[dict[tuple[tuple[TokenSpan, str], ...], float]]:
-    """Per case, a tuple of prompts, the joint law of what their requests give: tokens and finish reason each."""
+    """Per case, a tuple of prompts, the joint law of what their requests give: tokens and finish reason each.
+
+    A step computes `prefill_chunk` prompt tokens for every request that runs.
+    """
     width = len(cases[0])
 
     def run(batch: list[tuple[Seq[int], ...]], scripts: Scripts) -> list[tuple[tuple[TokenSpan, str], ...]]:
         prompts = [list(prompt) for case in batch for prompt in case]
         # A request's seed tells the oracle whose choice it is.
         each = [replace(params, seed=owner) for owner in range(len(prompts))]
-        engine = toy_engine(world, rule, policy, drafter, page_size=page_size, prefill_chunk=prefill_chunk)
+        chunk = prefill_chunk * len(prompts)
+        engine = toy_engine(world, rule, policy, drafter, page_size=page_size, prefill_chunk=chunk)
         with patch("specdec.engine.CounterNoise", lambda *noise: scripts.noise(*noise[:3])), float64_laws():
             results = [(tuple(one.token_ids), one.finish_reason) for one in engine.generate(prompts, each)]
         assert engine.pool.num_free == engine.pool.num_pages, "pages leaked"

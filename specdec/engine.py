@@ -1,30 +1,34 @@
-"""The engine: draft, verify, observe, emit, until every sequence of a batch has ended."""
+"""The engine: requests come and go; each step drafts, verifies, observes and emits for all that run."""
 
 from __future__ import annotations
 
 import itertools
 import time
+from collections import deque
 from collections.abc import Iterator
 from collections.abc import Sequence as Seq
+from dataclasses import replace
 
 import torch
 
-from specdec.interfaces import Commit, Drafter, TreePolicy, Verdict, Verifier
-from specdec.metrics import StepTimes
+from specdec.handle import Handle
+from specdec.interfaces import Commit, Drafter, Speculation, TreePolicy, Verdict, Verifier
+from specdec.metrics import EngineMetrics, StepTimes
 from specdec.noise import CounterNoise
-from specdec.pages import OutOfPages, PagePool, PageTable
-from specdec.request import Request, Result, Token, encode
+from specdec.pages import PagePool, PageTable
+from specdec.request import Prompt, Request, Result, Token, encode
 from specdec.sampling import SamplingParams
-from specdec.scheduler import Plan, plan
+from specdec.scheduler import Plan, Scheduler
 from specdec.tree import TokenTree
 
 
 class Engine:
-    """Generates for many prompts at once; without a drafter every tree is a root alone, which is plain decoding.
+    """Generates for requests that come and go; without a drafter every tree is a root alone, which is plain decoding.
 
-    Args: `verifier` holds target and rule, `drafter` and `policy` go together. `max_batch_size` sequences run at once,
-    prompts go in pieces of `prefill_chunk` tokens. `num_pages` bounds the KV cache (None: it grows with the need).
-    Raises ValueError where rule, policy, drafter and target do not fit together.
+    Args: `verifier` holds target and rule, `drafter` and `policy` go together, `speculation` may depart from the policy step by
+    step. `max_batch_size` sequences run at once; prompts go in pieces, `prefill_chunk` tokens of all of them per step.
+    `num_pages` bounds the KV cache (None: it grows with the need). Not thread safe. Raises ValueError where rule, policy,
+    drafter and target do not fit together.
     """
 
     def __init__(
@@ -37,6 +41,7 @@ class Engine:
         prefill_chunk: int = 512,
         page_size: int = 16,
         num_pages: int | None = None,
+        speculation: Speculation | None = None,
     ) -> None:
         if (drafter is None) != (policy is None):
             raise ValueError(
@@ -47,18 +52,80 @@ class Engine:
         if policy is not None:
             verifier.require(policy.spec)
         self.verifier, self.target, self.drafter, self.policy = verifier, verifier.target, drafter, policy
+        self.speculation = speculation
         self.max_batch_size, self.prefill_chunk = max_batch_size, prefill_chunk
-        self._may_grow = num_pages is None
         self.pool = PagePool(num_pages or 0, page_size)
         self.cache = verifier.new_cache(self.pool)
         self.times = StepTimes()
+        self._counts = EngineMetrics(max_batch_size)
+        # Behind the computed tokens a step writes the tree, or what was run to draft it.
+        scratch = 1 if policy is None else max(policy.max_nodes, policy.max_expanded)
+        self._scheduler = Scheduler(
+            self.pool,
+            drafter,
+            self._counts,
+            prefill_chunk=prefill_chunk,
+            scratch=scratch,
+            may_grow=num_pages is None,
+        )
         self._ids = itertools.count()
         if drafter is not None:
             drafter.bind(self.target, self.pool)
 
+    def submit(
+        self, prompt: Prompt, params: SamplingParams | None = None, *, chat: bool = False, index: int | None = None
+    ) -> Handle:
+        """Takes in a request, which waits for its turn; nothing is computed yet.
+
+        A prompt is text (`chat`: as a user's message in the model's chat template), token ids, or the messages of a chat.
+        `index` is what its tokens and result call it (None: its id). Raises ValueError for a prompt that is empty, too long
+        or out of the vocabulary, OutOfPages for one that would not fit the cache alone.
+        """
+        id = next(self._ids)
+        token_ids, index = encode(self.target, prompt, chat), id if index is None else index
+        table = PageTable(self.pool)
+        request = Request(id, index, prompt, token_ids, params or SamplingParams(), self.target, table)
+        self._scheduler.submit(request)
+        self._counts.num_requests += 1
+        return Handle(self, request)
+
+    def cancel(self, handle: Handle) -> None:
+        """Ends a request unless it has ended; its pages are free then."""
+        request = handle.request
+        if request.result is None:
+            self._scheduler.remove(request)
+            request.cancel()
+            self._counts.num_cancelled += 1
+
+    @property
+    def is_idle(self) -> bool:
+        return not (self._scheduler.running or self._scheduler.waiting)
+
+    @property
+    def waiting(self) -> tuple[Request, ...]:
+        """Requests in the order of their arrival that hold no pages yet, or no longer."""
+        return tuple(self._scheduler.waiting)
+
+    @property
+    def running(self) -> tuple[Request, ...]:
+        return tuple(self._scheduler.running)
+
+    @property
+    def metrics(self) -> EngineMetrics:
+        """Counts since the engine was made, and the pages as they stand."""
+        used = self.pool.num_pages - self.pool.num_free
+        return replace(self._counts, num_pages=self.pool.num_pages, num_used_pages=used, times=replace(self.times))
+
+    def check(self) -> None:
+        """Proves that every page is free or held by whom it should be. Raises AssertionError."""
+        self.pool.check(request.sequence.table for request in self._scheduler.running)
+        assert not any(request.sequence.table.pages for request in self._scheduler.waiting), (
+            "one that waits holds pages"
+        )
+
     def generate(
         self,
-        prompts: Seq[str | Seq[int]],
+        prompts: Seq[Prompt],
         params: SamplingParams | Seq[SamplingParams] | None = None,
         *,
         chat: bool = False,
@@ -69,69 +136,66 @@ class Engine:
 
     def stream(
         self,
-        prompts: Seq[str | Seq[int]],
+        prompts: Seq[Prompt],
         params: SamplingParams | Seq[SamplingParams] | None = None,
         *,
         chat: bool = False,
     ) -> Iterator[Token]:
         """Tokens as they become final; the last one of a prompt carries its result.
 
-        Prompts are text or token ids; `chat` wraps text as a user's message in the model's chat template. `params` is one
-        for all or one each. Raises ValueError for a prompt that is empty, too long or out of the vocabulary, OutOfPages
-        where a batch cannot fit; both before anything is generated.
+        Prompts are those of `submit`, `params` one for all or one each. Raises what `submit` does for any of them before
+        anything is generated. Whoever stops listening cancels what goes on.
         """
         each = [params or SamplingParams()] * len(prompts) if not isinstance(params, Seq) else list(params)
         if len(each) != len(prompts):
             raise ValueError(
                 f"{len(each)} sampling parameters for {len(prompts)} prompts: give one for all or one each"
             )
-        requests = [
-            Request(
-                next(self._ids), i, prompt, encode(self.target, prompt, chat), one, self.target, PageTable(self.pool)
-            )
-            for i, (prompt, one) in enumerate(zip(prompts, each, strict=True))
-        ]
-        for batch in self._batches(requests):
-            yield from self._run_batch(batch)
-
-    def _run_batch(self, batch: list[Request]) -> Iterator[Token]:
-        need = sum(self._pages_for(request) for request in batch)
-        if self._may_grow and need > self.pool.num_free:
-            self.pool.grow(self.pool.num_pages + need - self.pool.num_free)
-        for request in batch:
-            request.metrics.start_s = time.perf_counter()
-        running = batch
+        handles: dict[int, Handle] = {}
         try:
-            while running:
-                yield from self.step(running)
-                running = [request for request in running if request.result is None]
+            for i, (prompt, one) in enumerate(zip(prompts, each, strict=True)):
+                handle = self.submit(prompt, one, chat=chat, index=i)
+                handles[handle.id] = handle
+            ahead = deque(handles.values())
+            while ahead:
+                if ahead[0].is_done:
+                    ahead.popleft()
+                else:
+                    yield from (token for token in self.step() if token.id in handles)
         finally:
-            # Also when the caller stops listening: pages and drafter state never outlive the batch.
-            for request in batch:
-                self._release(request)
+            for handle in handles.values():
+                handle.cancel()
 
-    def step(self, running: list[Request]) -> list[Token]:
-        """One forward of the target for all running requests."""
+    def step(self) -> list[Token]:
+        """One forward of the target for everything that runs, and the tokens that became final; none when idle."""
         start = time.perf_counter()
-        step = plan([request.sequence for request in running], self.prefill_chunk)
+        if self.is_idle:
+            return []
+        step = self._scheduler.plan()
         noise = CounterNoise(
             [one.seed for one in step.verifying],
             [one.round for one in step.verifying],
             [one.root_position for one in step.verifying],
             self.target.device,
         )
-        self._reserve(step)
         drafting = time.perf_counter()
         tree = self._propose(step, noise)
         drafted = time.perf_counter()
         verdict = self.verifier.verify(step, tree, noise, self.cache, self._feature_layers, self.times)
         verified = time.perf_counter()
-        tokens = self._emit(step, running, tree, verdict)
+        if self.speculation is not None:
+            self.speculation.learn(step, tree, verdict, verified - drafting)
+        requests = {request.id: request for request in self._scheduler.running}
+        tokens = self._emit(step, requests, tree, verdict)
         observing = time.perf_counter()
-        self._observe(step, running, verdict)
+        self._observe(step, verdict)
         end = time.perf_counter()
+        for one in step.verifying:
+            if one.finish_reason is not None:
+                self._scheduler.remove(requests[one.id])
+                self._counts.num_finished += 1
         self.times.draft_s += drafted - drafting + end - observing
-        self.times.other_s += drafting - start + observing - verified
+        self.times.other_s += drafting - start + observing - verified + time.perf_counter() - end
         self.times.num_steps += 1
         return tokens
 
@@ -142,7 +206,11 @@ class Engine:
     def _propose(self, step: Plan, noise: CounterNoise) -> TokenTree | None:
         trees = []
         if step.drafting and self.drafter is not None and self.policy is not None:
-            trees.append(self.drafter.propose(step.drafting, self.policy, noise.select(range(len(step.drafting)))))
+            own = noise.select(range(len(step.drafting)))
+            if self.speculation is None:
+                trees.append(self.drafter.propose(step.drafting, self.policy, own))
+            else:
+                trees.append(self.speculation.propose(step, self.drafter, self.policy, own))
             bare = step.finishing
         else:
             bare = step.verifying
@@ -151,28 +219,31 @@ class Engine:
             trees.append(TokenTree.roots(roots, self.target.vocab_size))
         return TokenTree.concat(trees) if trees else None
 
-    def _emit(self, step: Plan, running: list[Request], tree: TokenTree | None, verdict: Verdict) -> list[Token]:
+    def _emit(self, step: Plan, requests: dict[int, Request], tree: TokenTree | None, verdict: Verdict) -> list[Token]:
         """Hands out new tokens one by one; whatever ends a request cuts inside an accepted span."""
-        requests = {request.sequence.id: request for request in running}
+        counts = self._counts
+        counts.num_steps += 1
+        counts.num_sequence_steps += len(step.sequences)
+        counts.num_prefill_tokens += sum(step.chunks)
+        counts.num_computed_tokens += sum(step.chunks)
         for one, chunk in zip(step.sequences, step.chunks, strict=True):
             one.num_computed += chunk
         out: list[Token] = []
         if tree is None:
             return out
         depths = tree.depth_BN.amax(1).tolist()
-        counts = tree.num_nodes_B.tolist()
+        sizes = tree.num_nodes_B.tolist()
         for row, one in enumerate(step.verifying):
             request, path = requests[one.id], verdict.paths[row]
             one.num_computed += len(path)
             one.round += 1
-            request.metrics.count_tree(depths[row], len(path) - 1, counts[row])
+            request.metrics.count_tree(depths[row], len(path) - 1, sizes[row])
             out += request.append(verdict.tokens[row], verdict.logprobs[row])
+        counts.num_computed_tokens += sum(sizes)
+        counts.num_output_tokens += len(out)
         return out
 
-    def _observe(self, step: Plan, running: list[Request], verdict: Verdict) -> None:
-        for request in running:
-            if request.result is not None:
-                self._release(request)
+    def _observe(self, step: Plan, verdict: Verdict) -> None:
         if self.drafter is None:
             return
         place = {one.id: row for row, one in enumerate(step.verifying)}
@@ -195,40 +266,3 @@ class Engine:
                 )
             )
         self.drafter.observe(commits)
-
-    @property
-    def _scratch(self) -> int:
-        """Slots behind the computed tokens that a step may write: the tree, or what was run to draft it."""
-        return 1 if self.policy is None else max(self.policy.max_nodes, self.policy.max_expanded)
-
-    def _reserve(self, step: Plan) -> None:
-        for one, chunk in zip(step.sequences, step.chunks, strict=True):
-            end = one.num_computed + chunk + (self._scratch if one.is_prefilled else 1)
-            one.table.reserve(end, one.num_computed)
-
-    def _pages_for(self, request: Request) -> int:
-        """Pages for the longest that a request can become."""
-        return self.pool.pages_for(request.sequence.max_tokens + self._scratch)
-
-    def _batches(self, requests: list[Request]) -> list[list[Request]]:
-        """Requests in order, as many at once as size and pages allow. Raises OutOfPages for one that fits never."""
-        batches: list[list[Request]] = []
-        room = 0
-        for request in requests:
-            need = self._pages_for(request)
-            if not self._may_grow and need > self.pool.num_pages:
-                raise OutOfPages(need, self.pool.num_pages, self.pool.num_pages, self.pool.page_size)
-            if not batches or len(batches[-1]) == self.max_batch_size or (not self._may_grow and need > room):
-                batches.append([])
-                room = self.pool.num_pages
-            batches[-1].append(request)
-            room -= need
-        return batches
-
-    def _release(self, request: Request) -> None:
-        if request.released:
-            return
-        request.released = True
-        request.sequence.table.release()
-        if self.drafter is not None:
-            self.drafter.forget([request.sequence.id])

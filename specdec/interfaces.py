@@ -138,6 +138,18 @@ class Verdict:
     hidden: dict[int, dict[int, Tensor]] = field(default_factory=dict)
 
 
+class Speculation(Protocol):
+    """Decides step by step how much is drafted, and learns from what became of it."""
+
+    def propose(self, step: Plan, drafter: Drafter, policy: TreePolicy, noise: Noise) -> TokenTree:
+        """Trees of `step.drafting`: the policy's, smaller ones, or roots alone; `noise` has their rows."""
+        ...
+
+    def learn(self, step: Plan, tree: TokenTree | None, verdict: Verdict, seconds: float) -> None:
+        """What the step's trees, those of `step.verifying`, were worth; drafting and verifying took `seconds`."""
+        ...
+
+
 class Verifier(Protocol):
     """Runs prompt chunks and trees through one forward of the target and settles them by its rule."""
 

@@ -7,11 +7,12 @@ from dataclasses import dataclass, field
 
 @dataclass
 class RequestMetrics:
-    """Counts and times of one request; times in seconds of `time.perf_counter`.
+    """Counts and times of one request; times in seconds of `time.perf_counter`, from its submission on.
 
     A target forward counts where it emitted tokens of this request, so the forward that ends the prompt does and earlier
     prompt chunks do not. `drafted_by_depth[d]` counts the trees that reached depth d + 1, `accepted_by_depth[d]` those
-    whose accepted path did.
+    whose accepted path did. `num_prefix_tokens` came from shared pages when it was first run; `emissions` holds a time and a
+    number of tokens per step that emitted some.
     """
 
     num_new_tokens: int = 0
@@ -19,9 +20,11 @@ class RequestMetrics:
     num_drafted: int = 0
     drafted_by_depth: list[int] = field(default_factory=list)
     accepted_by_depth: list[int] = field(default_factory=list)
-    start_s: float = 0.0
-    first_token_s: float = 0.0
+    num_prefix_tokens: int = 0
+    num_preemptions: int = 0
+    submit_s: float = 0.0
     end_s: float = 0.0
+    emissions: list[tuple[float, int]] = field(default_factory=list)
 
     @property
     def tau(self) -> float:
@@ -29,13 +32,29 @@ class RequestMetrics:
         return self.num_new_tokens / max(self.num_target_forwards, 1)
 
     @property
+    def start_s(self) -> float:
+        """When it was submitted: waiting for its turn counts."""
+        return self.submit_s
+
+    @property
+    def first_token_s(self) -> float:
+        return self.emissions[0][0] if self.emissions else 0.0
+
+    @property
     def ttft_s(self) -> float:
-        """Time to first token."""
-        return self.first_token_s - self.start_s
+        """Time to first token, the wait before it included; 0 where there was none."""
+        return self.first_token_s - self.submit_s if self.emissions else 0.0
+
+    @property
+    def inter_token_s(self) -> list[float]:
+        """Inter-token latency of every token behind the first step's: tokens of one step arrive together, so each of them
+        counts the gap since the step before, divided by their number."""
+        pairs = zip(self.emissions, self.emissions[1:], strict=False)
+        return [(end - start) / count for (start, _), (end, count) in pairs for _ in range(count)]
 
     @property
     def total_s(self) -> float:
-        return self.end_s - self.start_s
+        return self.end_s - self.submit_s
 
     @property
     def tokens_per_s(self) -> float:
@@ -70,3 +89,36 @@ class StepTimes:
     def overhead(self) -> float:
         """Share of the step outside the target's forward."""
         return 1 - self.forward_s / self.total_s if self.total_s > 0 else 0.0
+
+
+@dataclass
+class EngineMetrics:
+    """What an engine has done since it was made.
+
+    `num_prompt_tokens` counts each prompt once, when it is first run; `num_prefix_tokens` are the positions that came from
+    shared pages, `num_prefill_tokens` those computed in prompt chunks, after a preemption once more; `num_computed_tokens` are
+    all tokens that went through the target, trees included. Pages as they stand: in all, held by sequences or prefixes, and
+    held by prefixes that nobody uses.
+    """
+
+    max_batch_size: int
+    num_requests: int = 0
+    num_finished: int = 0
+    num_cancelled: int = 0
+    num_steps: int = 0
+    num_sequence_steps: int = 0
+    num_prompt_tokens: int = 0
+    num_prefix_tokens: int = 0
+    num_prefill_tokens: int = 0
+    num_computed_tokens: int = 0
+    num_output_tokens: int = 0
+    num_preemptions: int = 0
+    num_pages: int = 0
+    num_used_pages: int = 0
+    num_idle_prefix_pages: int = 0
+    times: StepTimes = field(default_factory=StepTimes)
+
+    @property
+    def occupancy(self) -> float:
+        """Mean share of the `max_batch_size` places that were taken in a step."""
+        return self.num_sequence_steps / (self.num_steps * self.max_batch_size) if self.num_steps else 0.0

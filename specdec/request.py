@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
+from typing import Any
+
+import jinja2
 
 from specdec.metrics import RequestMetrics
 from specdec.model import PagedModel
@@ -13,11 +17,14 @@ from specdec.sampling import SamplingParams
 from specdec.sequence import Sequence, batch_sampling
 from specdec.text import TextStream
 
+# Text, token ids, or the messages of a chat.
+Prompt = str | Seq[int] | Seq[Mapping[str, Any]]
+
 
 @dataclass(frozen=True)
 class Result:
-    """A finished request. `finish_reason` is `stop` (an end id or stop string) or `length`; the token that ended it is in
-    `token_ids`, a stop string is not in `text`. `logprobs` per token: its own and the alternatives asked for."""
+    """A finished request. `finish_reason` is `stop` (an end id or stop string), `length` or `cancelled`; the token that ended
+    it is in `token_ids`, a stop string is not in `text`. `logprobs` per token: its own and the alternatives asked for."""
 
     index: int
     prompt: str | None
@@ -32,8 +39,10 @@ class Result:
 
 @dataclass(frozen=True)
 class Token:
-    """One final token of prompt `index` and the text that became certain with it; the last one carries the result."""
+    """One final token of request `id`, prompt `index` of its caller, and the text that became certain with it; the last one
+    carries the result."""
 
+    id: int
     index: int
     token_id: int
     text: str
@@ -50,7 +59,7 @@ class Request:
         self,
         id: int,
         index: int,
-        prompt: str | Seq[int],
+        prompt: Prompt,
         token_ids: list[int],
         params: SamplingParams,
         target: PagedModel,
@@ -66,13 +75,13 @@ class Request:
         # Computing ends at the last position; one more token can be emitted behind it.
         longest = len(token_ids) + params.max_new_tokens
         max_tokens = longest if limit is None else min(longest, limit + 1)
-        self.index, self.prompt = index, prompt if isinstance(prompt, str) else None
+        self.id, self.index, self.prompt = id, index, prompt if isinstance(prompt, str) else None
         self.sequence = Sequence(id, token_ids, params, params.with_seed(), table, max_tokens, limit)
         # Building it once finds a biased token that the vocabulary does not have before anything runs.
         batch_sampling([self.sequence], target.vocab_size, "cpu")
-        self.metrics = RequestMetrics()
+        self.metrics = RequestMetrics(submit_s=time.perf_counter())
+        self.tokens: list[Token] = []
         self.result: Result | None = None
-        self.released = False
         self._stop_ids = set(params.stop_token_ids) | (set() if params.ignore_eos else target.eos_token_ids)
         self._text = TextStream(target.tokenizer, params.stop) if target.tokenizer is not None else None
         self._logprobs: list[tuple[float, dict[int, float]]] | None = None if params.logprobs is None else []
@@ -85,27 +94,40 @@ class Request:
             if self._logprobs is not None and logprobs is not None:
                 self._logprobs.append(logprobs[i])
             text = self._text.push(token) if self._text is not None else ""
-            if not self.metrics.num_new_tokens:
-                self.metrics.first_token_s = time.perf_counter()
-            self.metrics.num_new_tokens += 1
             reason = self._ended_by(token)
             if reason is not None:
-                out.append(self._finish(token, text, reason))
+                text += self._text.finish() if self._text is not None else ""
+            out.append((token, text))
+            if reason is not None:
                 break
-            out.append(Token(self.index, token, text))
-        return out
+        now = time.perf_counter()
+        self.metrics.emissions.append((now, len(out)))
+        self.metrics.num_new_tokens += len(out)
+        if reason is not None:
+            self._finish(reason, now)
+        last = len(out) - 1
+        new = [
+            Token(self.id, self.index, token, text, self.result if i == last else None)
+            for i, (token, text) in enumerate(out)
+        ]
+        self.tokens += new
+        return new
+
+    def cancel(self) -> None:
+        """Ends it as it stands."""
+        if self._text is not None:
+            self._text.finish()
+        self._finish("cancelled", time.perf_counter())
 
     def _ended_by(self, token: int) -> str | None:
         if token in self._stop_ids or (self._text is not None and self._text.stopped):
             return "stop"
         return "length" if len(self.sequence.token_ids) >= self.sequence.max_tokens else None
 
-    def _finish(self, token: int, text: str, reason: str) -> Token:
+    def _finish(self, reason: str, now: float) -> None:
         one = self.sequence
         one.finish_reason = reason
-        if self._text is not None:
-            text += self._text.finish()
-        self.metrics.end_s = time.perf_counter()
+        self.metrics.end_s = now
         self.result = Result(
             self.index,
             self.prompt,
@@ -117,28 +139,47 @@ class Request:
             self._logprobs,
             self.metrics,
         )
-        return Token(self.index, token, text, self.result)
 
 
-def encode(target: PagedModel, prompt: str | Seq[int], chat: bool) -> list[int]:
-    """Token ids of a prompt; `chat` wraps text in the model's chat template. Raises ValueError naming what is wrong."""
+def encode(target: PagedModel, prompt: Prompt, chat: bool) -> list[int]:
+    """Token ids of a prompt: of text, as a user's message where `chat`, of the messages of a chat, or as they are.
+
+    Raises ValueError naming what is wrong.
+    """
     if isinstance(prompt, str):
-        if target.tokenizer is None:
-            raise ValueError(f"{target.name} was loaded without a tokenizer: give prompts as token ids")
-        if chat:
-            if not target.tokenizer.chat_template:
-                raise ValueError(f"{target.name} has no chat template: use chat=false")
-            message = [{"role": "user", "content": prompt}]
-            text = target.tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
-            # The template writes the special tokens itself.
-            ids = list(target.tokenizer(text, add_special_tokens=False)["input_ids"])
-        else:
-            ids = list(target.tokenizer(prompt)["input_ids"])
+        ids = _of_chat(target, [{"role": "user", "content": prompt}]) if chat else _of_text(target, prompt)
+    elif any(isinstance(part, Mapping) for part in prompt):
+        ids = _of_chat(target, [_checked(part) for part in prompt])
     else:
-        ids = [int(token) for token in prompt]
+        ids = [int(token) for token in prompt]  # type: ignore[arg-type]
     if not ids:
         raise ValueError(f"prompt {prompt!r} has no tokens: give at least one")
     outside = [token for token in ids if not 0 <= token < target.vocab_size]
     if outside:
         raise ValueError(f"prompt token {outside[0]} is outside {target.name}'s vocabulary of {target.vocab_size}")
     return ids
+
+
+def _of_text(target: PagedModel, text: str) -> list[int]:
+    if target.tokenizer is None:
+        raise ValueError(f"{target.name} was loaded without a tokenizer: give prompts as token ids")
+    return list(target.tokenizer(text)["input_ids"])
+
+
+def _of_chat(target: PagedModel, messages: list[dict[str, Any]]) -> list[int]:
+    if target.tokenizer is None:
+        raise ValueError(f"{target.name} was loaded without a tokenizer: give prompts as token ids")
+    if not target.tokenizer.chat_template:
+        raise ValueError(f"{target.name} has no chat template: use chat=false")
+    try:
+        text = target.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    except jinja2.TemplateError as error:
+        raise ValueError(f"the chat template of {target.name} refuses these messages: {error}") from error
+    # The template writes the special tokens itself.
+    return list(target.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def _checked(message: Any) -> dict[str, Any]:
+    if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
+        raise ValueError(f"chat message {message!r} must be a dict with role and content")
+    return dict(message)

@@ -46,6 +46,12 @@ class Sequence:
         return self.num_computed == self.root_position
 
     @property
+    def begins_bare(self) -> bool:
+        """The forward that ends a prompt verifies the root alone. So does one that had nothing left of the prompt to compute,
+        for rounds, by which noise is keyed, must not depend on where the prompt's keys came from."""
+        return self.round == 0 and self.root_position > 0
+
+    @property
     def max_draft_depth(self) -> int:
         """Drafted levels that can still be of use: the extra token takes the last place, and positions end somewhere."""
         useful = self.max_tokens - len(self.token_ids) - 1
