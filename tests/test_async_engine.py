@@ -220,15 +220,17 @@ def test_a_failing_step_takes_its_requests_along_and_no_others(target, alone) ->
         engine = make_engine(target, max_batch_size=2)
         gate = Gate(engine)
         async with AsyncEngine(engine) as front:
-            streams = [await front.submit([PROMPTS[i]], params(3)) for i in range(4)]
+            tasks = [asyncio.create_task(collect(front, PROMPTS[i], params(3))) for i in range(4)]
+            while front.num_open < 4:
+                await asyncio.sleep(0)
             Fails(engine.verifier, "verify", lambda count: count == 4)
             gate.open()
-            for stream in streams[:2]:
+            for task in tasks[:2]:
                 with pytest.raises(StepFailed, match="RuntimeError: planted") as caught:
-                    _ = [token async for token in stream]
+                    await task
                 assert str(caught.value.__cause__) == "planted"
-            for i, stream in enumerate(streams[2:], 2):
-                assert [token.token_id async for token in stream] == alone[i, 3]
+            for i, task in enumerate(tasks[2:], 2):
+                assert await task == alone[i, 3]
             assert front.state == "running" and front.error is None
             assert await collect(front, PROMPTS[0], params(0)) == alone[0, 0]
         assert is_clean(engine)
@@ -259,15 +261,17 @@ def test_an_engine_that_keeps_failing_is_dead(target) -> None:
 
 def test_an_engine_that_loses_pages_is_dead(target) -> None:
     async def main() -> None:
-        engine = make_engine(target, max_batch_size=1)
+        engine = make_engine(target, max_batch_size=1, num_pages=20)
         gate = Gate(engine)
         front = AsyncEngine(engine)
-        streams = [await front.submit([[40]], params()) for _ in range(2)]
-        Fails(engine.verifier, "verify", lambda count: engine.pool.allocate(1) and True)
+        tasks = [asyncio.create_task(collect(front, [40 + i], params())) for i in range(2)]
+        while front.num_open < 2:
+            await asyncio.sleep(0)
+        Fails(engine.verifier, "verify", lambda count: bool(engine.pool.allocate(1)))
         gate.open()
-        for stream, error in zip(streams, (StepFailed, EngineDead), strict=True):
+        for task, error in zip(tasks, (StepFailed, EngineDead), strict=True):
             with pytest.raises(error):
-                await first_of(stream)
+                await task
         assert front.state == "dead" and isinstance(front.error, AssertionError)
         await front.close()
 
