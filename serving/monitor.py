@@ -99,13 +99,8 @@ class _EngineCollector(Collector):
             yield CounterMetricFamily(f"specdec_{name}", text, value)
         times = metrics.times
         seconds = CounterMetricFamily("specdec_step_seconds", "Where steps spend their time", labels=("part",))
-        for part, value in {
-            "draft": times.draft_s,
-            "forward": times.forward_s,
-            "accept": times.accept_s,
-            "other": times.other_s,
-        }.items():
-            seconds.add_metric((part,), value)
+        for part in ("draft", "forward", "accept", "other"):
+            seconds.add_metric((part,), getattr(times, f"{part}_s"))
         yield seconds
         pages = GaugeMetricFamily("specdec_pages", "Pages of the KV cache by use", labels=("use",))
         idle = metrics.num_idle_prefix_pages

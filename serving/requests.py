@@ -49,7 +49,7 @@ def _check_stop(value: object) -> object:
 def _check_content(value: object) -> object:
     if _is_text(value):
         return value
-    parts = value if isinstance(value, list) else [value]
+    parts: list[Any] = value if isinstance(value, list) else [value]
     for part in parts:
         if not isinstance(part, dict) or part.get("type") != "text" or not _is_text(part.get("text")):
             raise _refuse('give a text, or a list of {"type": "text", "text": ...}: this server reads text alone')
@@ -217,7 +217,7 @@ class CompletionRequest(_Generation):
     def prompts(self) -> list[str] | list[list[int]]:
         if isinstance(self.prompt, str):
             return [self.prompt]
-        return [self.prompt] if isinstance(self.prompt[0], int) else self.prompt  # type: ignore[list-item, return-value]
+        return [self.prompt] if isinstance(self.prompt[0], int) else self.prompt
 
 
 class ChatRequest(_Generation):
