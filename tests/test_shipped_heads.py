@@ -49,4 +49,6 @@ def test_heads_change_no_text_and_save_forwards(name: str, temperature: float) -
     plain = plain_system().engine(target, config.engine).generate(PROMPTS, params, chat=True)
     found = load_system(config).engine(target, config.engine).generate(PROMPTS, params, chat=True)
     assert [one.token_ids for one in found] == [one.token_ids for one in plain]
-    assert sum(one.metrics.num_target_forwards for one in found) < 0.9 * sum(one.metrics.num_new_tokens for one in found)
+    assert sum(one.metrics.num_target_forwards for one in found) < 0.9 * sum(
+        one.metrics.num_new_tokens for one in found
+    )

@@ -1,0 +1,266 @@
+"""The bodies of requests: OpenAI's fields, checked strictly, and those of ours beside them."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+from dataclasses import replace
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
+
+from specdec.sampling import SamplingParams
+from specdec.serving.refusals import Refusal
+
+MAX_LOGPROBS = 20
+
+
+def _refuse(message: str) -> PydanticCustomError:
+    # Braces in a message would be read as placeholders.
+    return PydanticCustomError("refused", "{message}", {"message": message})
+
+
+def _is_text(value: object) -> bool:
+    """Whether it is a string of whole characters; JSON can spell halves of them, which no tokenizer takes."""
+    return isinstance(value, str) and not any("\ud800" <= char <= "\udfff" for char in value)
+
+
+def _check_prompt(value: object) -> object:
+    def ids(one: object) -> bool:
+        return isinstance(one, list) and bool(one) and all(type(token) is int for token in one)
+
+    if _is_text(value) or ids(value):
+        return value
+    if isinstance(value, list) and value and (all(map(_is_text, value)) or all(map(ids, value))):
+        return value
+    raise _refuse(
+        "give a text, a list of texts, a list of token ids or a list of lists of token ids, none of them empty"
+    )
+
+
+def _check_stop(value: object) -> object:
+    several = [value] if isinstance(value, str) else value
+    if isinstance(several, list) and all(_is_text(one) and one for one in several):
+        return several
+    raise _refuse("give a non-empty text or a list of them")
+
+
+def _check_content(value: object) -> object:
+    if _is_text(value):
+        return value
+    parts: list[Any] = value if isinstance(value, list) else [value]
+    for part in parts:
+        if not isinstance(part, dict) or part.get("type") != "text" or not _is_text(part.get("text")):
+            raise _refuse('give a text, or a list of {"type": "text", "text": ...}: this server reads text alone')
+    return "".join(part["text"] for part in parts)
+
+
+def _check_bias(value: object) -> object:
+    def is_id(key: object) -> bool:
+        return isinstance(key, str) and key.isascii() and key.isdigit()
+
+    if isinstance(value, dict) and all(is_id(key) and type(bias) in (int, float) for key, bias in value.items()):
+        return {int(key): float(bias) for key, bias in value.items()}
+    raise _refuse('give {"token id": number, ...}')
+
+
+class _Body(BaseModel):
+    """A JSON object whose nulls are as good as not given, and whose unknown fields are refused by name."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+    # Fields of OpenAI's that change nothing here, and the values with which others ask for nothing.
+    ignored: ClassVar[tuple[str, ...]] = ()
+    neutral: ClassVar[dict[str, tuple[object, ...]]] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        given = {key: value for key, value in values.items() if value is not None and key not in cls.ignored}
+        for key in given.keys() - cls.model_fields.keys():
+            if given[key] in cls.neutral.get(key, ()):
+                del given[key]
+            elif key in cls.neutral:
+                only = " or ".join(map(repr, cls.neutral[key]))
+                remedy = f"leave it out{f', or give {only}' if only else ''}"
+                raise Refusal(f"{key}={_short(given[key])} is not supported: {remedy}", param=key)
+            else:
+                near = difflib.get_close_matches(key, cls.model_fields, n=1)
+                remedy = (
+                    f"did you mean {near[0]}?" if near else f"leave it out, known are {', '.join(cls.model_fields)}"
+                )
+                raise Refusal(f"parameter {_short(key)} is unknown: {remedy}", param=key)
+        return given
+
+
+class StreamOptions(_Body):
+    include_usage: bool = False
+    include_obfuscation: bool = False
+
+
+class Message(_Body):
+    """One turn of a chat."""
+
+    neutral = {"tool_calls": ([],), "annotations": ([],), "function_call": (), "refusal": (), "audio": ()}
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: Annotated[str, BeforeValidator(_check_content)]
+    name: str | None = None
+
+    @property
+    def turn(self) -> dict[str, str]:
+        # Chat templates know OpenAI's newer name of the system's role by its old one.
+        role = "system" if self.role == "developer" else self.role
+        return {"role": role, "content": self.content} | ({} if self.name is None else {"name": self.name})
+
+
+class _Generation(_Body):
+    """What both APIs share. Whatever is not given is as the server's `sampling` has it."""
+
+    ignored = (
+        "user",
+        "metadata",
+        "service_tier",
+        "safety_identifier",
+        "prompt_cache_key",
+        "prompt_cache_retention",
+        "prompt_cache_options",
+        "parallel_tool_calls",
+    )
+    neutral: ClassVar[dict[str, tuple[object, ...]]] = {
+        "store": (False,),
+        "tools": ([],),
+        "tool_choice": ("none", "auto"),
+        "functions": ([],),
+        "function_call": ("none", "auto"),
+        "response_format": ({"type": "text"},),
+        "modalities": (["text"],),
+        "suffix": ("",),
+        "best_of": (1,),
+    } | dict.fromkeys(("audio", "moderation", "prediction", "reasoning_effort", "verbosity", "web_search_options"), ())
+
+    model: str
+    max_tokens: int | None = Field(None, ge=1)
+    temperature: float | None = None
+    top_p: float | None = None
+    n: int = Field(1, ge=1, le=128)
+    stop: Annotated[list[str] | None, BeforeValidator(_check_stop)] = None
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    logit_bias: Annotated[dict[int, float] | None, BeforeValidator(_check_bias)] = None
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    ignore_eos: bool | None = None
+    stop_token_ids: list[int] | None = None
+    return_token_ids: bool = False
+
+    @property
+    def num_logprobs(self) -> int | None:
+        """Alternatives reported per token; None: no log-probabilities at all."""
+        raise NotImplementedError
+
+    @property
+    def max_new_tokens(self) -> int | None:
+        return self.max_tokens
+
+    @property
+    def includes_usage(self) -> bool:
+        """Whether a stream ends with a chunk of the usage."""
+        return self.stream_options is not None and self.stream_options.include_usage
+
+    def params(self, defaults: SamplingParams) -> list[SamplingParams]:
+        """The parameters of each of the `n` samples of a prompt. Raises ValueError naming the value out of range."""
+        names = (
+            "temperature",
+            "top_p",
+            "top_k",
+            "min_p",
+            "presence_penalty",
+            "frequency_penalty",
+            "repetition_penalty",
+        )
+        given = {name: getattr(self, name) for name in (*names, "logit_bias", "ignore_eos", "seed", "max_new_tokens")}
+        given |= {name: tuple(getattr(self, name) or ()) or None for name in ("stop", "stop_token_ids")}
+        # OpenAI's and others' way to switch it off.
+        given["top_k"] = 0 if self.top_k == -1 else self.top_k
+        given = {name: value for name, value in given.items() if value is not None}
+        params = replace(defaults, **given, logprobs=self.num_logprobs)
+        return [replace(params, seed=seed_of(params.seed, sample)) for sample in range(self.n)]
+
+
+class CompletionRequest(_Generation):
+    """The body of /v1/completions."""
+
+    prompt: Annotated[str | list[str] | list[int] | list[list[int]], BeforeValidator(_check_prompt)]
+    logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    echo: bool = False
+
+    @model_validator(mode="after")
+    def _supported(self) -> CompletionRequest:
+        _check_streaming(self)
+        if self.echo and self.logprobs is not None:
+            message = "echo=true with logprobs is not supported, the prompt's are not computed: leave one of them out"
+            raise Refusal(message, param="echo")
+        return self
+
+    @property
+    def num_logprobs(self) -> int | None:
+        return self.logprobs
+
+    @property
+    def prompts(self) -> list[str] | list[list[int]]:
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        return [self.prompt] if isinstance(self.prompt[0], int) else self.prompt
+
+
+class ChatRequest(_Generation):
+    """The body of /v1/chat/completions."""
+
+    messages: list[Message] = Field(min_length=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
+    logprobs: bool = False
+    top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+
+    @model_validator(mode="after")
+    def _supported(self) -> ChatRequest:
+        _check_streaming(self)
+        if self.top_logprobs is not None and not self.logprobs:
+            raise Refusal(f"top_logprobs={self.top_logprobs} needs logprobs=true", param="top_logprobs")
+        both = (self.max_tokens, self.max_completion_tokens)
+        if None not in both and both[0] != both[1]:
+            raise Refusal(f"max_tokens={both[0]} and max_completion_tokens={both[1]}: give one", param="max_tokens")
+        return self
+
+    @property
+    def num_logprobs(self) -> int | None:
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+    @property
+    def max_new_tokens(self) -> int | None:
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+
+def seed_of(seed: int | None, sample: int) -> int | None:
+    """The seed of a prompt's n-th sample: the first has the request's own, so that it is what n=1 gives; the others have
+    numbers that no neighbouring seed of another request runs into."""
+    if seed is None or sample == 0:
+        return seed
+    digest = hashlib.blake2b(f"{seed}/{sample}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+def _check_streaming(body: _Generation) -> None:
+    if body.stream_options is not None and not body.stream:
+        raise Refusal("stream_options is only for stream=true: leave it out", param="stream_options")
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:80]}..."

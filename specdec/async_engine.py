@@ -1,0 +1,296 @@
+"""The asynchronous front of an engine: a thread of its own steps it, coroutines of any event loop await their tokens."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections import deque
+from collections.abc import AsyncGenerator, Callable
+from collections.abc import Sequence as Seq
+from functools import partial
+from types import TracebackType
+from typing import Literal
+
+from specdec.engine import Engine
+from specdec.handle import Handle
+from specdec.metrics import EngineMetrics
+from specdec.request import Prompt, Token
+from specdec.sampling import SamplingParams
+from specdec.token_stream import TokenStream
+
+# So many steps in a row may fail before the engine counts as dead.
+MAX_FAILURES = 3
+
+
+class QueueFull(RuntimeError):
+    """As many requests are open as the front takes; one of them must end first."""
+
+
+class EngineClosed(RuntimeError):
+    """The front takes no more requests, or was closed before this one ended."""
+
+
+class StepFailed(RuntimeError):
+    """A step that computed this request raised `cause`, and its tokens are lost."""
+
+    def __init__(self, cause: Exception) -> None:
+        super().__init__(f"the step that computed this request failed: {_described(cause)}")
+        self.__cause__ = cause
+
+
+class EngineDead(RuntimeError):
+    """The engine raised `cause` and could not be proved clean afterwards; it takes no more requests."""
+
+    def __init__(self, cause: Exception) -> None:
+        super().__init__(f"the engine is dead: {_described(cause)}")
+        self.__cause__ = cause
+
+
+class AsyncEngine:
+    """Serves an engine to any number of coroutines, threads and event loops; from now on nobody else may touch the engine.
+
+    At most `engine.max_batch_size + max_waiting` requests are open at once. A step that raises fails the requests that it
+    computed; the others go on if the engine's pages check out afterwards, else everything open fails and `state` is `dead`.
+    Close it when done, or use it in an `async with`: that waits for what is open, or cancels it where the block raised.
+    """
+
+    def __init__(self, engine: Engine, *, max_waiting: int = 64) -> None:
+        if max_waiting < 0:
+            raise ValueError(f"max_waiting={max_waiting} must be >= 0")
+        self.engine, self.max_open = engine, engine.max_batch_size + max_waiting
+        self.error: Exception | None = None
+        # Guards everything above the next blank line; what is below belongs to the thread.
+        self._wake = threading.Condition()
+        self._inbox: deque[Callable[[], None]] = deque()
+        self._num_open = 0
+        self._closing: Literal["no", "drain", "cancel"] = "no"
+
+        self._streams: dict[TokenStream, dict[int, Handle]] = {}
+        self._owners: dict[int, TokenStream] = {}
+        self._num_failures = 0
+        self._thread = threading.Thread(target=self._run, name="specdec-engine", daemon=True)
+        self._thread.start()
+
+    @property
+    def state(self) -> Literal["running", "closing", "closed", "dead"]:
+        if self.error is not None:
+            return "dead"
+        if not self._thread.is_alive():
+            return "closed"
+        return "running" if self._closing == "no" else "closing"
+
+    @property
+    def num_open(self) -> int:
+        """Requests that were submitted and have not ended."""
+        return self._num_open
+
+    @property
+    def metrics(self) -> EngineMetrics:
+        """The engine's counts; read at any time, they may be those of a step that is under way."""
+        return self.engine.metrics
+
+    async def generate(
+        self, prompt: Prompt, params: SamplingParams | None = None, *, chat: bool = False
+    ) -> AsyncGenerator[Token, None]:
+        """The tokens of one prompt as they become final; closing the generator cancels the request. Raises as `submit` does."""
+        stream = await self.submit([prompt], params, chat=chat)
+        try:
+            async for token in stream:
+                yield token
+        finally:
+            stream.cancel()
+
+    async def submit(
+        self, prompts: Seq[Prompt], params: SamplingParams | Seq[SamplingParams] | None = None, *, chat: bool = False
+    ) -> TokenStream:
+        """One stream for all prompts, taken together or not at all; a token's `index` says whose it is.
+
+        `params` is one for all or one each. Raises what `Engine.submit` refuses them with, ValueError for more prompts than the
+        front ever takes, QueueFull, EngineClosed or EngineDead. Whoever reads the stream no further must cancel it.
+        """
+        each = [params or SamplingParams()] * len(prompts) if not isinstance(params, Seq) else list(params)
+        if not prompts or len(each) != len(prompts):
+            raise ValueError(
+                f"{len(each)} sampling parameters for {len(prompts)} prompts: give one each for at least one"
+            )
+        stream = TokenStream(len(prompts), self._cancel)
+        with self._wake:
+            self._require_room(len(prompts))
+            self._num_open += len(prompts)
+            self._inbox.append(partial(self._start, stream, prompts, each, chat))
+            self._wake.notify()
+        try:
+            await stream.opened()
+        except BaseException:
+            stream.cancel()
+            raise
+        return stream
+
+    async def close(self, *, drain: bool = False, timeout_s: float | None = None) -> None:
+        """Takes nothing more and returns when the thread has ended: with `drain` after what is open, at most `timeout_s`
+        later; otherwise, and when that time is over, open requests fail with EngineClosed."""
+        await asyncio.to_thread(self._close, drain, timeout_s)
+
+    async def __aenter__(self) -> AsyncEngine:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close(drain=error is None)
+
+    def _close(self, drain: bool, timeout_s: float | None) -> None:
+        if drain:
+            self._end("drain")
+            self._thread.join(timeout_s)
+        if self._thread.is_alive():
+            self._end("cancel")
+            self._thread.join()
+
+    def _end(self, how: Literal["drain", "cancel"]) -> None:
+        with self._wake:
+            if self._closing != "cancel":
+                self._closing = how
+            self._wake.notify()
+
+    def _require_room(self, count: int) -> None:
+        if self.error is not None:
+            raise EngineDead(self.error)
+        if self._closing != "no":
+            raise EngineClosed("the engine is closed and takes no more requests")
+        if count > self.max_open:
+            raise ValueError(
+                f"{count} prompts at once, and the engine never has more than {self.max_open} open: split them"
+            )
+        if self._num_open + count > self.max_open:
+            raise QueueFull(f"{self._num_open} requests are open, {self.max_open} is the limit: try again later")
+
+    def _cancel(self, stream: TokenStream) -> None:
+        with self._wake:
+            self._inbox.append(partial(self._stop, stream))
+            self._wake.notify()
+
+    # What follows runs in the thread.
+
+    def _run(self) -> None:
+        try:
+            while self._turn():
+                pass
+        except Exception as error:
+            self._die(error)
+
+    def _turn(self) -> bool:
+        """What callers asked for, then one step; waits where there is nothing to do. False at the end."""
+        with self._wake:
+            while not self._inbox and self.engine.is_idle and self._closing == "no":
+                self._wake.wait()
+            closing = self._closing
+        self._answer()
+        if closing == "cancel":
+            for stream in list(self._streams):
+                self._stop(stream, EngineClosed("the engine was closed before the request ended"))
+            return False
+        if self.engine.is_idle:
+            return closing == "no"
+        try:
+            tokens = self.engine.step()
+        except Exception as error:
+            self._recover(error)
+        else:
+            self._num_failures = 0
+            self._hand_out(tokens)
+        return self.error is None
+
+    def _answer(self) -> None:
+        """Takes the calls out one by one, so that none is lost where one raises."""
+        while True:
+            with self._wake:
+                if not self._inbox:
+                    return
+                call = self._inbox.popleft()
+            call()
+
+    def _start(self, stream: TokenStream, prompts: Seq[Prompt], each: Seq[SamplingParams], chat: bool) -> None:
+        handles: dict[int, Handle] = {}
+        try:
+            if self.error is not None:
+                raise EngineDead(self.error)
+            for index, (prompt, params) in enumerate(zip(prompts, each, strict=True)):
+                if stream.is_cancelled:
+                    break
+                handle = self.engine.submit(prompt, params, chat=chat, index=index)
+                handles[handle.id] = handle
+        except Exception as error:
+            self._leave(len(prompts))
+            stream.put(error)
+            for handle in handles.values():
+                self.engine.cancel(handle)
+            return
+        self._leave(len(prompts) - len(handles))
+        if handles:
+            stream.handles = list(handles.values())
+            self._streams[stream] = handles
+            self._owners.update(dict.fromkeys(handles, stream))
+        # Where the reader has cancelled meanwhile, its own call follows in the inbox.
+        stream.put([])
+
+    def _hand_out(self, tokens: list[Token]) -> None:
+        batches: dict[TokenStream, list[Token]] = {}
+        for token in tokens:
+            batches.setdefault(self._owners[token.id], []).append(token)
+        for stream, batch in batches.items():
+            # Whoever reads its last token finds the place free already.
+            for token in batch:
+                if token.result is not None:
+                    self._forget(stream, token.id)
+            if not stream.put(batch):
+                self._stop(stream)
+
+    def _stop(self, stream: TokenStream, error: Exception | None = None) -> None:
+        """Cancels what is open of a stream and tells its reader why."""
+        for id, handle in list(self._streams.get(stream, {}).items()):
+            self.engine.cancel(handle)
+            self._forget(stream, id)
+        if error is not None:
+            stream.put(error)
+
+    def _forget(self, stream: TokenStream, id: int) -> None:
+        del self._owners[id], self._streams[stream][id]
+        if not self._streams[stream]:
+            del self._streams[stream]
+        self._leave(1)
+
+    def _leave(self, count: int) -> None:
+        with self._wake:
+            self._num_open -= count
+
+    def _recover(self, error: Exception) -> None:
+        """Fails the requests that the step computed; the engine goes on where its pages check out without them."""
+        self._num_failures += 1
+        running = {request.id for request in self.engine.running}
+        for stream, handles in list(self._streams.items()):
+            # One that ended in the step is not running any more, and its tokens are lost like the others'.
+            if any(handle.is_done or id in running for id, handle in handles.items()):
+                self._stop(stream, StepFailed(error))
+        try:
+            self.engine.check()
+        except AssertionError as broken:
+            raise broken from error
+        # One that ended in the step cannot be cancelled any more; where it is still there, nothing will ever take it out.
+        if self.engine.running or self._num_failures >= MAX_FAILURES:
+            raise error
+
+    def _die(self, error: Exception) -> None:
+        with self._wake:
+            self.error = error
+        self._answer()
+        for stream in self._streams:
+            stream.put(EngineDead(error))
+        self._streams.clear()
+        self._owners.clear()
+        with self._wake:
+            self._num_open = 0
+
+
+def _described(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
