@@ -41,6 +41,7 @@ class System:
             prefill_chunk=config.prefill_chunk,
             page_size=config.page_size,
             num_pages=config.num_pages,
+            share_prefixes=config.share_prefixes,
         )
 
 

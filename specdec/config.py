@@ -168,6 +168,7 @@ class EngineConfig:
     prefill_chunk: int = 512
     page_size: int = 16
     num_pages: int | None = None
+    share_prefixes: bool = True
 
 
 @dataclass
