@@ -6,7 +6,7 @@ STAMP := .venv/.installed
 PROMPT ?= Repeat this text exactly, word for word: The river rises in the hills north of the town, runs past the old mill and the stone bridge, and turns west toward the sea. In spring the river floods the fields below the stone bridge, and the farmers move their sheep to the hills north of the town.
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test lint format typecheck clean
+.PHONY: help env demo test soak lint format typecheck clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' Makefile
@@ -25,6 +25,9 @@ demo: $(STAMP)  ## generate with and without drafts and compare (PROMPT=... to c
 
 test: lint typecheck  ## everything that must pass before a commit
 	$(BIN)/pytest -q -n logical --dist loadfile
+
+soak: $(STAMP)  ## ten thousand requests through small engines that are short of pages
+	SPECDEC_SOAK=1 $(BIN)/pytest -q tests/test_traffic.py -k long_soak
 
 lint: $(STAMP)  ## check style and formatting
 	$(BIN)/ruff check

@@ -115,7 +115,8 @@ def engine_laws(
         engine = toy_engine(world, rule, policy, drafter, page_size=page_size, prefill_chunk=chunk)
         with patch("specdec.engine.CounterNoise", lambda *noise: scripts.noise(*noise[:3])), float64_laws():
             results = [(tuple(one.token_ids), one.finish_reason) for one in engine.generate(prompts, each)]
-        assert engine.pool.num_free == engine.pool.num_pages, "pages leaked"
+        engine.check()
+        assert engine.is_idle, "a request was left"
         return [tuple(results[i : i + width]) for i in range(0, len(results), width)]
 
     return [law_of(outcomes) for outcomes in enumerate_outcomes(run, cases, rows_per_case=width, **options)]

@@ -51,6 +51,8 @@ class EagleDrafter(NetworkDrafter):
     """
 
     name = "eagle"
+    # Entry t reads token t + 1, which behind a shared prefix need not be the one it was computed with.
+    overlap = 1
 
     def __init__(self, head: EagleHead | HeadSource[EagleHead], tokens: FrequentTokens | None = None) -> None:
         self._source, self._tokens = head, tokens
@@ -84,6 +86,13 @@ class EagleDrafter(NetworkDrafter):
         fused = self._served.fuse([torch.cat([one.hidden[layer] for one in wanted]) for layer in self.feature_layers])
         for commit, features in zip(wanted, fused.split([len(one.token_ids) for one in wanted]), strict=True):
             self._states.setdefault(commit.sequence_id, _State()).features.append(features)
+
+    def covered(self, sequence_id: int) -> int:
+        state = self._states.get(sequence_id)
+        return 0 if state is None else state.num_computed
+
+    def adopt(self, sequence: Sequence, num_positions: int) -> None:
+        self._states[sequence.id] = _State(num_positions, num_positions)
 
     def forget(self, sequence_ids: Seq[int]) -> None:
         for sequence_id in sequence_ids:

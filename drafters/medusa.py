@@ -12,13 +12,13 @@ from specdec.drafters.heads.medusa import MedusaHeads
 from specdec.drafters.heads.source import HeadSource, resolve
 from specdec.drafters.network import NetworkDrafter, NetworkRound, NextLogits, fitted
 from specdec.drafters.vocabulary import drafting
-from specdec.interfaces import Commit
+from specdec.interfaces import Commit, OffPages
 from specdec.model import PagedModel
 from specdec.pages import PagePool
 from specdec.sequence import Sequence
 
 
-class MedusaDrafter(NetworkDrafter):
+class MedusaDrafter(OffPages, NetworkDrafter):
     """Drafts with heads on the target's last hidden state (Cai et al. 2024, Medusa, section 2.1).
 
     The state of the token before the root gave the root itself; from the same state head i predicts the token i + 1 places
@@ -27,6 +27,8 @@ class MedusaDrafter(NetworkDrafter):
     """
 
     name = "medusa"
+    # The state of the token before the root is on no page.
+    overlap = 1
 
     def __init__(self, heads: MedusaHeads | HeadSource[MedusaHeads], tokens: FrequentTokens | None = None) -> None:
         self._source, self._tokens = heads, tokens

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from specdec.drafters.growth import FixedPolicy, GrowingPolicy
-from specdec.interfaces import Commit, Noise, TreePolicy
+from specdec.interfaces import Commit, Noise, OffPages, TreePolicy
 from specdec.model import PagedModel
 from specdec.pages import PagePool
 from specdec.sequence import Sequence
@@ -57,7 +57,7 @@ class NGramIndex:
         return [tail[i % period] for i in range(length)]
 
 
-class NGramDrafter:
+class NGramDrafter(OffPages):
     """Prompt lookup over prompt and output (Saxena 2023, prompt-lookup-decoding; Yang et al. 2023, LLMA), no model needed.
 
     The last `max_ngram` down to `min_ngram` tokens are looked up; the continuations of up to `max_matches` occurrences of
@@ -84,7 +84,9 @@ class NGramDrafter:
     def observe(self, commits: Seq[Commit]) -> None:
         for commit in commits:
             index = self._indexes.setdefault(commit.sequence_id, NGramIndex(*self._settings))
-            index.extend([*commit.token_ids, commit.next_token][len(index.tokens) - commit.start :])
+            # What came on shared pages is not observed; the index catches up in `propose`.
+            if len(index.tokens) >= commit.start:
+                index.extend([*commit.token_ids, commit.next_token][len(index.tokens) - commit.start :])
 
     def propose(self, sequences: Seq[Sequence], policy: TreePolicy, noise: Noise) -> TokenTree:
         if isinstance(policy, FixedPolicy):

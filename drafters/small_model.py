@@ -37,6 +37,7 @@ class SmallModelDrafter(NetworkDrafter):
 
     name = "small_model"
     feature_layers: tuple[int, ...] = ()
+    overlap = 0
 
     def __init__(self, model: PagedModel) -> None:
         self.model = model
@@ -72,6 +73,13 @@ class SmallModelDrafter(NetworkDrafter):
                 state.num_computed = commit.start + depth + 1
             state.expanded = []
         self.cache.move(source, target)
+
+    def covered(self, sequence_id: int) -> int:
+        state = self._states.get(sequence_id)
+        return 0 if state is None else state.num_computed
+
+    def adopt(self, sequence: Sequence, num_positions: int) -> None:
+        self._states[sequence.id] = _State(sequence.table, num_positions)
 
     def forget(self, sequence_ids: Seq[int]) -> None:
         for sequence_id in sequence_ids:

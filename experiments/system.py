@@ -47,6 +47,7 @@ class System:
             page_size=config.page_size,
             num_pages=config.num_pages,
             speculation=self._speculation(target, config),
+            share_prefixes=config.share_prefixes,
         )
 
     def _speculation(self, target: PagedModel, config: EngineConfig) -> Speculation | None:

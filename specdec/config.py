@@ -189,6 +189,7 @@ class EngineConfig:
     page_size: int = 16
     num_pages: int | None = None
     speculation: str = "fixed"
+    share_prefixes: bool = True
 
 
 @dataclass

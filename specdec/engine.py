@@ -16,6 +16,7 @@ from specdec.interfaces import Commit, Drafter, Speculation, TreePolicy, Verdict
 from specdec.metrics import EngineMetrics, StepTimes
 from specdec.noise import CounterNoise
 from specdec.pages import PagePool, PageTable
+from specdec.prefix import PrefixCache
 from specdec.request import Prompt, Request, Result, Token, encode
 from specdec.sampling import SamplingParams
 from specdec.scheduler import Plan, Scheduler
@@ -27,7 +28,8 @@ class Engine:
 
     Args: `verifier` holds target and rule, `drafter` and `policy` go together, `speculation` may depart from the policy step by
     step. `max_batch_size` sequences run at once; prompts go in pieces, `prefill_chunk` tokens of all of them per step.
-    `num_pages` bounds the KV cache (None: it grows with the need). Not thread safe. Raises ValueError where rule, policy,
+    `num_pages` bounds the KV cache (None: it grows with the need); `share_prefixes` keeps the pages of what has been computed
+    for requests that begin alike. Not thread safe. Raises ValueError where rule, policy,
     drafter and target do not fit together.
     """
 
@@ -41,6 +43,7 @@ class Engine:
         prefill_chunk: int = 512,
         page_size: int = 16,
         num_pages: int | None = None,
+        share_prefixes: bool = True,
         speculation: Speculation | None = None,
     ) -> None:
         if (drafter is None) != (policy is None):
@@ -57,11 +60,13 @@ class Engine:
         self.pool = PagePool(num_pages or 0, page_size)
         self.cache = verifier.new_cache(self.pool)
         self.times = StepTimes()
+        self.prefixes = PrefixCache(self.pool, share_prefixes)
         self._counts = EngineMetrics(max_batch_size)
         # Behind the computed tokens a step writes the tree, or what was run to draft it.
         scratch = 1 if policy is None else max(policy.max_nodes, policy.max_expanded)
         self._scheduler = Scheduler(
             self.pool,
+            self.prefixes,
             drafter,
             self._counts,
             prefill_chunk=prefill_chunk,
@@ -114,11 +119,27 @@ class Engine:
     def metrics(self) -> EngineMetrics:
         """Counts since the engine was made, and the pages as they stand."""
         used = self.pool.num_pages - self.pool.num_free
-        return replace(self._counts, num_pages=self.pool.num_pages, num_used_pages=used, times=replace(self.times))
+        return replace(
+            self._counts,
+            num_pages=self.pool.num_pages,
+            num_used_pages=used,
+            num_prefix_pages=len(self.prefixes.pages),
+            num_idle_prefix_pages=self.prefixes.num_idle,
+            times=replace(self.times),
+        )
 
     def check(self) -> None:
-        """Proves that every page is free or held by whom it should be. Raises AssertionError."""
-        self.pool.check(request.sequence.table for request in self._scheduler.running)
+        """Proves that every page is free or held by whom it should be, and that nobody can write to a shared one.
+
+        Raises AssertionError.
+        """
+        self.pool.check([*(request.sequence.table for request in self._scheduler.running), self.prefixes])
+        self.prefixes.check()
+        for request in self._scheduler.running:
+            one = request.sequence
+            covered = one.num_computed if self.drafter is None else self.drafter.covered(one.id)
+            writable = one.table.pages[min(one.num_computed, covered) // self.pool.page_size :]
+            assert all(self.pool.references(page) == 1 for page in writable), "a page that is shared may be written to"
         assert not any(request.sequence.table.pages for request in self._scheduler.waiting), (
             "one that waits holds pages"
         )
@@ -190,10 +211,7 @@ class Engine:
         observing = time.perf_counter()
         self._observe(step, verdict)
         end = time.perf_counter()
-        for one in step.verifying:
-            if one.finish_reason is not None:
-                self._scheduler.remove(requests[one.id])
-                self._counts.num_finished += 1
+        self._scheduler.settle([requests[one.id] for one in step.sequences])
         self.times.draft_s += drafted - drafting + end - observing
         self.times.other_s += drafting - start + observing - verified + time.perf_counter() - end
         self.times.num_steps += 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
@@ -96,9 +97,14 @@ class Commit:
 
 
 class Drafter(Protocol):
-    """Proposes token trees. `feature_layers`: the hidden states of the target that it wants to observe."""
+    """Proposes token trees. `feature_layers`: the hidden states of the target that it wants to observe.
+
+    What it keeps on the pages is shared with them. `overlap`: so many positions at the end of a shared prefix are computed
+    again, because what it keeps there depends on later tokens or is not on the pages.
+    """
 
     feature_layers: tuple[int, ...]
+    overlap: int
 
     def bind(self, target: PagedModel, pool: PagePool) -> None:
         """Called once per engine, before anything else; raises ValueError where drafter and target do not fit."""
@@ -110,7 +116,27 @@ class Drafter(Protocol):
         """A tree behind each sequence's root; asked again for the same root, the drafter forgets the tree before."""
         ...
 
+    def covered(self, sequence_id: int) -> int:
+        """So many first positions have their final state on the pages; `sys.maxsize` where none is kept there."""
+        ...
+
+    def adopt(self, sequence: Sequence, num_positions: int) -> None:
+        """A sequence begins, again perhaps, whose first positions came on shared pages: these are never observed."""
+        ...
+
     def forget(self, sequence_ids: Seq[int]) -> None: ...
+
+
+class OffPages:
+    """Base of the drafters that keep nothing on the pages."""
+
+    overlap = 0
+
+    def covered(self, sequence_id: int) -> int:
+        return sys.maxsize
+
+    def adopt(self, sequence: Sequence, num_positions: int) -> None:
+        pass
 
 
 class TreePolicy(Protocol):

@@ -97,8 +97,8 @@ class EngineMetrics:
 
     `num_prompt_tokens` counts each prompt once, when it is first run; `num_prefix_tokens` are the positions that came from
     shared pages, `num_prefill_tokens` those computed in prompt chunks, after a preemption once more; `num_computed_tokens` are
-    all tokens that went through the target, trees included. Pages as they stand: in all, held by sequences or prefixes, and
-    held by prefixes that nobody uses.
+    all tokens that went through the target, trees included. Pages as they stand: in all, held by anybody, held by the prefix
+    cache, and of these the ones that nobody uses.
     """
 
     max_batch_size: int
@@ -115,6 +115,7 @@ class EngineMetrics:
     num_preemptions: int = 0
     num_pages: int = 0
     num_used_pages: int = 0
+    num_prefix_pages: int = 0
     num_idle_prefix_pages: int = 0
     times: StepTimes = field(default_factory=StepTimes)
 

@@ -26,6 +26,13 @@ class Storage(Protocol):
     def copy_pages(self, source: list[int], target: list[int]) -> None: ...
 
 
+class Holder(Protocol):
+    """Whoever holds one reference to each of its pages."""
+
+    @property
+    def pages(self) -> list[int]: ...
+
+
 class PagePool:
     """`num_pages` pages of `page_size` token slots, with a reference count each; lowest free page first.
 
@@ -102,12 +109,13 @@ class PagePool:
         self.release(pages)
         return fresh
 
-    def check(self, tables: Iterable[PageTable]) -> None:
-        """Proves that every page is free xor held, once per table that lists it. Raises AssertionError."""
+    def check(self, holders: Iterable[Holder]) -> None:
+        """Proves that every page is free xor held, once per table or cache that lists it. Raises AssertionError."""
         held = [0] * self.num_pages
-        for table in tables:
-            assert len(set(table.pages)) == len(table.pages), f"a table lists a page twice: {table.pages}"
-            for page in table.pages:
+        for holder in holders:
+            pages = holder.pages
+            assert len(set(pages)) == len(pages), f"a page is listed twice: {pages}"
+            for page in pages:
                 held[page] += 1
         assert held == self._references, f"references {self._references} differ from what tables hold {held}"
         assert len(set(self._free)) == len(self._free), "a page is free twice"
@@ -131,6 +139,13 @@ class PageTable:
     def first_slot(self) -> int | None:
         """Where the table's slots start if its pages lie in one run, else None."""
         return self.pages[0] * self.pool.page_size if self.pages and self._run else None
+
+    def begin(self, pages: list[int]) -> None:
+        """Begins an empty table with pages that others hold too; whoever writes to one copies it first."""
+        assert not self.pages, "only an empty table begins"
+        self.pool.share(pages)
+        self.pages = list(pages)
+        self._run = all(b == a + 1 for a, b in zip(self.pages, self.pages[1:], strict=False))
 
     def reserve(self, num_tokens: int, writable_from: int) -> None:
         """Holds slots for `num_tokens` positions, those from `writable_from` on shared with nobody (copy-on-write).

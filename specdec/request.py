@@ -13,6 +13,7 @@ import jinja2
 from specdec.metrics import RequestMetrics
 from specdec.model import PagedModel
 from specdec.pages import PageTable
+from specdec.prefix import PrefixPage
 from specdec.sampling import SamplingParams
 from specdec.sequence import Sequence, batch_sampling
 from specdec.text import TextStream
@@ -82,6 +83,8 @@ class Request:
         self.metrics = RequestMetrics(submit_s=time.perf_counter())
         self.tokens: list[Token] = []
         self.result: Result | None = None
+        # The page that it waits for, which another request is computing.
+        self.awaited: PrefixPage | None = None
         self._stop_ids = set(params.stop_token_ids) | (set() if params.ignore_eos else target.eos_token_ids)
         self._text = TextStream(target.tokenizer, params.stop) if target.tokenizer is not None else None
         self._logprobs: list[tuple[float, dict[int, float]]] | None = None if params.logprobs is None else []

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from specdec.interfaces import Drafter
 from specdec.metrics import EngineMetrics
 from specdec.pages import OutOfPages, PagePool
+from specdec.prefix import PrefixCache, PrefixPage
 from specdec.request import Request
 from specdec.sequence import Sequence
 
@@ -33,14 +34,16 @@ class Scheduler:
     """First come, first served, by the pages that are really needed; ids are the order of arrival.
 
     A request is admitted when there are pages for its tokens so far and for `scratch` slots behind them, where trees are
-    written. One that outgrows its pages takes those of the youngest, which goes back to the head of the queue and is
-    computed again later; so the oldest always goes on. `may_grow` lets the pool grow instead. Raises OutOfPages in `submit`
-    for a request that would not fit the pool alone.
+    written; one whose next page of prompt another is computing waits for that, and lets others pass. Out of pages, the
+    prefixes that nobody uses go first, then those of the youngest request, which returns to the queue and is computed again
+    later; so the oldest always goes on. `may_grow` lets the pool grow before anybody has to leave. Raises OutOfPages in
+    `submit` for a request that would not fit the pool alone.
     """
 
     def __init__(
         self,
         pool: PagePool,
+        prefixes: PrefixCache,
         drafter: Drafter | None,
         metrics: EngineMetrics,
         *,
@@ -48,7 +51,7 @@ class Scheduler:
         scratch: int,
         may_grow: bool,
     ) -> None:
-        self._pool, self._drafter, self._metrics = pool, drafter, metrics
+        self._pool, self._prefixes, self._drafter, self._metrics = pool, prefixes, drafter, metrics
         self._max_batch_size, self._prefill_chunk = metrics.max_batch_size, prefill_chunk
         self._scratch, self._may_grow = scratch, may_grow
         # Both in order of arrival.
@@ -66,6 +69,19 @@ class Scheduler:
         self._keep_running()
         self._admit()
         return self._share_out()
+
+    def settle(self, requests: list[Request]) -> None:
+        """Shares what a step has made final, and takes out the requests that it ended."""
+        for request in requests:
+            one = request.sequence
+            covered = one.num_computed if self._drafter is None else self._drafter.covered(one.id)
+            self._prefixes.extend(one, min(one.num_computed, one.root_position, covered))
+            # By its first drafted tree a drafter has run the prompt, if it does so at all.
+            if one.round > 1:
+                self._prefixes.withdraw(one)
+            if request.result is not None:
+                self.remove(request)
+                self._metrics.num_finished += 1
 
     def remove(self, request: Request) -> None:
         """Takes out a request that has ended or is not wanted any more; its pages are free then."""
@@ -94,20 +110,46 @@ class Scheduler:
 
     def _admit(self) -> None:
         budget = self._prefill_chunk - sum(_left(request.sequence) for request in self.running)
-        while self.waiting and len(self.running) < self._max_batch_size and budget > 0:
-            request = self.waiting[0]
+        at = 0
+        while at < len(self.waiting) and len(self.running) < self._max_batch_size and budget > 0:
+            request = self.waiting[at]
             one = request.sequence
-            # One page more for each that runs already, so that nobody has to leave as soon as one of them goes on.
-            need = self._pool.pages_for(one.root_position + self._scratch) + len(self.running)
-            if not self._may_grow and need > self._pool.num_free:
+            if request.awaited is None or not request.awaited.is_coming:
+                found, request.awaited = self._prefixes.find(one)
+            if request.awaited is not None:
+                at += 1
+                continue
+            # Alone a request fits the pool, though perhaps not beside the original of a page that it must copy.
+            if not self._begin(one, found) and (self.running or not self._begin(one, [])):
                 break
-            fits = self._reserve(one)
-            assert fits, "there were pages enough"
-            del self.waiting[0]
+            del self.waiting[at]
             insort(self.running, request, key=_arrival)
             budget -= _left(one)
+            self._metrics.num_prefix_tokens += one.num_computed
             if not request.metrics.num_preemptions:
                 self._metrics.num_prompt_tokens += one.prompt_len
+                request.metrics.num_prefix_tokens = one.num_computed
+
+    def _begin(self, one: Sequence, found: list[PrefixPage]) -> bool:
+        """Gives a sequence the pages that were found and those it needs besides, if there are so many."""
+        overlap = 0 if self._drafter is None else self._drafter.overlap
+        start = max(len(found) * self._pool.page_size - overlap, 0)
+        num_kept = start // self._pool.page_size
+        # One page more for each that runs already, so that nobody has to leave as soon as one of them goes on.
+        need = self._pool.pages_for(one.root_position + self._scratch) - num_kept + len(self.running)
+        spare = self._pool.num_free + self._prefixes.num_idle - sum(map(self._prefixes.is_idle, found))
+        if not self._may_grow and need > spare:
+            return False
+        self._prefixes.enter(one, found)
+        one.num_computed = start
+        fits = self._reserve(one)
+        assert fits, "there were pages enough"
+        if start and self._drafter is not None:
+            self._drafter.adopt(one, start)
+        # A drafter with state on the pages completes them only if it is going to draft.
+        if self._drafter is None or self._drafter.covered(one.id) > start or one.max_draft_depth > 1:
+            self._prefixes.announce(one)
+        return True
 
     def _reserve(self, one: Sequence) -> bool:
         """Holds the pages for all tokens and a tree behind them, if there are so many."""
@@ -115,11 +157,14 @@ class Scheduler:
         try:
             one.table.reserve(end, one.num_computed)
         except OutOfPages as error:
-            if not self._may_grow:
+            missing = error.wanted - error.free
+            missing -= self._prefixes.evict(missing)
+            if missing and not self._may_grow:
                 return False
-            # By half at least: growing copies what is there.
-            total = self._pool.num_pages
-            self._pool.grow(max(total + error.wanted - error.free, total + total // 2))
+            if missing:
+                # By half at least: growing copies what is there.
+                total = self._pool.num_pages
+                self._pool.grow(total + max(missing, total // 2))
             one.table.reserve(end, one.num_computed)
         return True
 
@@ -143,6 +188,7 @@ class Scheduler:
         return step
 
     def _release(self, request: Request) -> None:
+        self._prefixes.leave(request.sequence)
         request.sequence.table.release()
         if self._drafter is not None:
             self._drafter.forget([request.id])

@@ -127,7 +127,7 @@ def test_any_drafter_can_be_led(tiny) -> None:
 
 
 def test_drafters_see_every_final_token_with_its_features(tiny) -> None:
-    class Watcher:
+    class Watcher(OffPages):
         feature_layers = (1,)
 
         def __init__(self) -> None:

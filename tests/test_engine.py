@@ -7,7 +7,7 @@ import torch
 
 from specdec import Engine, PagedModel, SamplingParams
 from specdec.drafters import NGramDrafter, SmallModelDrafter, TopK, chain
-from specdec.interfaces import Commit
+from specdec.interfaces import Commit, OffPages
 from specdec.pages import OutOfPages
 from specdec.sampling import log_confidence
 from specdec.tree import TokenTree
@@ -44,7 +44,7 @@ def test_stop_token_cuts_inside_an_accepted_span(target, draft) -> None:
             result = engine.generate([PROMPT], params)[0]
             assert result.token_ids == whole[: whole.index(stop) + 1]
             assert result.finish_reason == "stop"
-            engine.pool.check([])
+            engine.check()
 
 
 @pytest.mark.parametrize("length", range(1, 12))
@@ -90,7 +90,7 @@ def test_leaving_a_stream_early_gives_everything_back(target, draft) -> None:
     next(stream)
     assert engine.pool.num_free < engine.pool.num_pages
     stream.close()
-    engine.pool.check([])
+    engine.check()
     assert not engine.drafter._states
 
 
@@ -135,7 +135,7 @@ def test_bounded_pages_split_the_batch_and_refuse_what_never_fits(target, draft)
         assert engine.pool.num_pages == 12
         with pytest.raises(OutOfPages, match="12"):
             engine.generate([PROMPT, list(range(3, 60))], params)
-        engine.pool.check([])
+        engine.check()
 
 
 def test_refusals_name_value_and_remedy(target, tiny) -> None:
@@ -183,7 +183,7 @@ def test_times_and_counts_add_up(target, draft) -> None:
     assert 0 < engine.times.overhead < 1
 
 
-class Recorder:
+class Recorder(OffPages):
     """A drafter that proposes roots alone and keeps what it observes."""
 
     feature_layers = (0, 1, 2)

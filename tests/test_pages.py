@@ -211,7 +211,7 @@ def test_sequences_keep_their_contents() -> None:
     Pages.happened.clear()
     run_state_machine_as_test(
         Pages,
-        settings=settings(deadline=None, derandomize=True, max_examples=200, stateful_step_count=40, database=None),
+        settings=settings(deadline=None, derandomize=True, max_examples=600, stateful_step_count=40, database=None),
     )
     rare = {"refused", "refused a copy", "copied", "moved", "grown"}
     assert all(Pages.happened[name] > 20 for name in rare), f"hardly tested: {Pages.happened}"
