@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from specdec import SamplingParams
-from specdec.certificates.mutants import Mutant, in_generations, in_parameters
+from specdec.certificates.mutants import Mutant, adaptively, in_generations, in_parameters
 from specdec.drafters import Static, chain
 from specdec.verifiers import Follow, Rejection
 
@@ -16,7 +16,37 @@ TREES = in_generations(Follow(), Static([[0], [1], [0, 0], [1, 0]]), length=4)
 WARM = in_parameters(Rejection(), chain(2, "iid"), SamplingParams(temperature=0.6, max_new_tokens=3))
 NUCLEUS = in_parameters(Rejection(), chain(2, "iid"), SamplingParams(temperature=1.0, top_p=0.7, max_new_tokens=3))
 
+ADAPTIVE = adaptively(Rejection(), chain(2, "iid"))
+
 ENGINE_MUTANTS = [
+    Mutant(
+        "adaptive choice looks at this step's draws",
+        "specdec.drafters.adaptive:AdaptiveSpeculation._draft",
+        "tree = drafter.propose(sequences, policy, noise)",
+        "tree = drafter.propose(sequences, policy, noise)\n"
+        "    if bool((tree.tokens_BN[:, 1:] == 0).any()):\n"
+        "        tree = TokenTree.roots(tree.tokens_BN[:, 0])",
+        ADAPTIVE,
+    ),
+    Mutant(
+        "drawn nodes of low draft probability dropped",
+        "specdec.drafters.pruning:Shallower.grow",
+        "if keep_BN is None:\n",
+        "if keep_BN is None:\n"
+        "        q_B1 = grown.tree.draft_laws_BNV[:, 0].gather(1, grown.tree.tokens_BN[:, 1:2])\n"
+        "        if bool((q_B1 < 0.5).any()):\n"
+        "            bare = TokenTree.roots(draft.roots_B, draft.vocab_size)\n"
+        "            return Grown(bare, torch.zeros_like(bare.tokens_BN))\n",
+        ADAPTIVE,
+    ),
+    Mutant(
+        "drawn nodes pruned like FIXED ones",
+        "specdec.drafters.adaptive:outlook_for",
+        "if policy.spec.kinds <= {DrawKind.FIXED}:",
+        "if True:",
+        ADAPTIVE,
+        "construction",
+    ),
     Mutant(
         "stop token looked for at the end of the span only",
         "specdec.request:Request.append",

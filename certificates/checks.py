@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Seq
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 
 from specdec import SamplingParams
-from specdec.certificates.oracle import Scripts, TokenSpan, distance, enumerate_outcomes, recorded_prob
+from specdec.certificates.oracle import Scripts, TokenSpan, distance, enumerate_outcomes, law_of, recorded_prob
 from specdec.certificates.processes import Case, engine_laws, ragged_cases, toy_engine
 from specdec.certificates.reference import plain_outputs
 from specdec.certificates.worlds import KINDS, TableRound, World
+from specdec.cost import CostModel, DraftCost, DraftSize, TargetCost, TargetSize
+from specdec.drafters.adaptive import AdaptiveSpeculation
 from specdec.drafters.growth import GrowingPolicy, Grown
-from specdec.interfaces import AcceptanceRule, Drafter, Noise
+from specdec.interfaces import AcceptanceRule, Drafter, Noise, TreePolicy
 from specdec.noise import RoundKey
 from specdec.tree import DrawKind, TokenTree, TreeSpec
 
@@ -81,6 +84,36 @@ def parameters_error(
                 (output,): prob for output, prob in plain_outputs(world, prompt, one).items()
             }
             errors.append(distance(wanted, law))
+    return max(errors)
+
+
+class FrozenCosts(CostModel):
+    """Costs that no measured time changes, so that choices are those of the tokens alone."""
+
+    def observe_step(self, size: TargetSize, seconds: float) -> None:
+        pass
+
+    def observe_draft(self, size: DraftSize, seconds: float) -> None:
+        pass
+
+
+def impressionable(policy: TreePolicy) -> AdaptiveSpeculation:
+    """An adaptive speculation that a single verdict moves from one depth to another."""
+    costs = FrozenCosts(TargetCost((1, 2, 3), (1.0, 1.52, 1.93)), DraftCost(0.0))
+    return AdaptiveSpeculation(policy, costs, explore=0.0, clock=lambda: 0.0)
+
+
+def adaptive_error(rule: AcceptanceRule, policy: GrowingPolicy) -> float:
+    """The largest error of the law of outputs where every step's depth depends on what became of the steps before."""
+    world, length = World.tree(2, 6).select("independent", "close"), 4
+    params = SamplingParams(temperature=1.0, max_new_tokens=length)
+    errors = []
+    for prompt in ((0,), (1,)):
+        (law,) = engine_laws(
+            world, rule, policy, [(prompt,)], params, speculation=partial(impressionable, policy), max_batch=1
+        )
+        tokens = law_of((prob, span) for ((span, _),), prob in law.items())
+        errors.append(distance(tokens, world.stopped_law(prompt[0], 0, length)))
     return max(errors)
 
 

@@ -21,7 +21,7 @@ from unittest.mock import patch
 import torch
 
 from specdec import SamplingParams
-from specdec.certificates.checks import PARAMETERS, generation_error, parameters_error, recorded_error
+from specdec.certificates.checks import PARAMETERS, adaptive_error, generation_error, parameters_error, recorded_error
 from specdec.certificates.oracle import (
     BatchDependentError,
     KeyReusedError,
@@ -88,6 +88,11 @@ def in_generations(rule: AcceptanceRule, policy: GrowingPolicy, length: int) -> 
         return distance(spans, product_law(coins.stopped_law(0, 0, 2), coins.stopped_law(1, 0, 2)))
 
     return Check("law", partial(generation_error, world, rule, policy, length), joint_error)
+
+
+def adaptively(rule: AcceptanceRule, policy: GrowingPolicy) -> Check:
+    """Error of the law of whole outputs where the past decides how deep each step drafts."""
+    return Check("law", partial(adaptive_error, rule, policy))
 
 
 def in_parameters(rule: AcceptanceRule, policy: GrowingPolicy, *params: SamplingParams) -> Check:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Seq
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -17,7 +17,7 @@ from specdec.certificates.oracle import Scripts, TokenSpan, enumerate_outcomes, 
 from specdec.certificates.worlds import FixedLaws, TableRound, ToyModel, World
 from specdec.drafters import SmallModelDrafter
 from specdec.drafters.growth import GrowingPolicy
-from specdec.interfaces import AcceptanceRule, Drafter, TreePolicy
+from specdec.interfaces import AcceptanceRule, Drafter, Speculation, TreePolicy
 from specdec.sampling import BatchSampling, ModelLaws
 from specdec.tree import TokenTree
 from specdec.verifiers import Verifier
@@ -99,11 +99,13 @@ def engine_laws(
     page_size: int = 3,
     prefill_chunk: int = 2,
     drafter: Drafter | None = None,
+    speculation: Callable[[], Speculation] | None = None,
     **options: Any,
 ) -> list[dict[tuple[tuple[TokenSpan, str], ...], float]]:
     """Per case, a tuple of prompts, the joint law of what their requests give: tokens and finish reason each.
 
-    A step computes `prefill_chunk` prompt tokens for every request that runs.
+    A step computes `prefill_chunk` prompt tokens for every request that runs. `speculation` makes one for each batch; what it
+    learns from batch mates makes rows depend on each other, so it needs batches of one case (`max_batch=1`).
     """
     width = len(cases[0])
 
@@ -113,6 +115,7 @@ def engine_laws(
         each = [replace(params, seed=owner) for owner in range(len(prompts))]
         chunk = prefill_chunk * len(prompts)
         engine = toy_engine(world, rule, policy, drafter, page_size=page_size, prefill_chunk=chunk)
+        engine.speculation = None if speculation is None else speculation()
         with patch("specdec.engine.CounterNoise", lambda *noise: scripts.noise(*noise[:3])), float64_laws():
             results = [(tuple(one.token_ids), one.finish_reason) for one in engine.generate(prompts, each)]
         engine.check()
