@@ -57,8 +57,8 @@ ENGINE_MUTANTS = [
     Mutant(
         "tokens behind the stop token kept",
         "specdec.request:Request.append",
-        "if reason is not None:",
-        "if reason is not None:\n            self.sequence.token_ids += tokens[i + 1 :]",
+        "if reason is not None:\n            break",
+        "if reason is not None:\n            self.sequence.token_ids += tokens[i + 1 :]\n            break",
         TREES,
     ),
     Mutant(

@@ -114,7 +114,7 @@ class PagePool:
         held = [0] * self.num_pages
         for holder in holders:
             pages = holder.pages
-            assert len(set(pages)) == len(pages), f"a page is listed twice: {pages}"
+            assert len(set(pages)) == len(pages), f"a table or cache lists a page twice: {pages}"
             for page in pages:
                 held[page] += 1
         assert held == self._references, f"references {self._references} differ from what tables hold {held}"
