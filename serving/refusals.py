@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Sequence as Seq
 from typing import Any
@@ -15,6 +16,7 @@ from specdec.async_engine import EngineClosed, EngineDead, QueueFull, StepFailed
 from specdec.pages import OutOfPages
 
 RETRY_AFTER_S = 1
+logger = logging.getLogger(__name__)
 
 
 class Refusal(Exception):
@@ -86,6 +88,11 @@ def install(app: FastAPI) -> None:
     async def refused(request: Request, error: Exception) -> JSONResponse:
         return refusal_of(error).response
 
+    async def failed(request: Request, error: Exception) -> JSONResponse:
+        # One failed step is told to those it hit and survived; what nobody foresaw also closes the connection.
+        logger.error("a step failed", exc_info=error)
+        return refusal_of(error).response
+
     async def invalid(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, RequestValidationError)
         return of_validation(error).response
@@ -100,4 +107,5 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(Refusal, refused)
     app.add_exception_handler(RequestValidationError, invalid)
     app.add_exception_handler(HTTPException, http)
+    app.add_exception_handler(StepFailed, failed)
     app.add_exception_handler(Exception, refused)

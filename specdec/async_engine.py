@@ -221,10 +221,11 @@ class AsyncEngine:
                 handle = self.engine.submit(prompt, params, chat=chat, index=index)
                 handles[handle.id] = handle
         except Exception as error:
-            self._leave(len(prompts))
-            stream.put(error)
+            # Whoever learns of it finds the places free already.
             for handle in handles.values():
                 self.engine.cancel(handle)
+            self._leave(len(prompts))
+            stream.put(error)
             return
         self._leave(len(prompts) - len(handles))
         if handles:
