@@ -105,6 +105,7 @@ class PrefixCache:
 
     def extend(self, one: Sequence, num_final: int) -> None:
         """Takes in the full pages among a sequence's first `num_final` positions, whose contents will not change."""
+        assert num_final <= one.root_position, "a page holds tokens that are not in the text"
         path = self._paths[one.id]
         if not self._is_enabled or num_final < (len(path) + 1) * self._pool.page_size:
             return

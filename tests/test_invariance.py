@@ -117,8 +117,8 @@ def test_a_step_that_wants_no_logits():
 @pytest.mark.parametrize("drafter", ["ngram", "small_model"])
 def test_shared_pages_and_preemption_change_no_bit(drafter):
     target, stem = served(), [5 + i % 70 for i in range(61)]
-    prompts = [stem[:40] + [7, i] for i in range(3)] + [stem, stem]
-    params = SamplingParams(temperature=0.8, seed=3, max_new_tokens=14, ignore_eos=True)
+    prompts = [[*stem[:40], 7, i] for i in range(3)] + [stem, stem]
+    params = SamplingParams(temperature=0.8, seed=3, max_new_tokens=40, ignore_eos=True)
     plain = Engine(Verifier(target), max_batch_size=1, share_prefixes=False).generate(prompts, params)
     one = NGramDrafter() if drafter == "ngram" else SmallModelDrafter(make_model(noise=0.03, numerics="fast"))
     options = {"max_batch_size": 3, "prefill_chunk": 17, "page_size": 4, "num_pages": 34}

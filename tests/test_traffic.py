@@ -7,10 +7,13 @@ import os
 import random
 
 import pytest
+import torch
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 from traffic import LONGEST, PARAMS, PROMPTS, SYSTEMS, Traffic
+
+from specdec import SamplingParams
 
 
 class Comings(RuleBasedStateMachine):
@@ -86,6 +89,36 @@ def test_soak(system: str) -> None:
     metrics = soak(system, 60, seed=1).engine.metrics
     assert metrics.num_preemptions > 0 and metrics.num_prefix_tokens > 100 and metrics.num_cancelled > 0
     assert metrics.num_pages == 15 and 0 < metrics.occupancy <= 1
+
+
+@pytest.mark.parametrize("system", ["small", "eagle"])
+def test_a_drafter_has_the_same_keys_behind_a_shared_prefix_as_alone(system: str) -> None:
+    """The second prompt parts from the first at the end of a page, where EAGLE's last entry reads another token."""
+    params = SamplingParams(max_new_tokens=8, ignore_eos=True)
+    first, second = [3, 4, 5, 6, 7, 8, 9, 10, 11, 12], [3, 4, 5, 6, 7, 8, 9, 10, 4, 6, 6]
+    found = []
+    for share_prefixes in (False, True):
+        engine = SYSTEMS[system].engine(page_size=4, share_prefixes=share_prefixes)
+        engine.generate([first], params)
+        handle = engine.submit(second, params)
+        while not handle.request.sequence.round > 1:
+            engine.step()
+        assert handle.metrics.num_prefix_tokens == (8 - engine.drafter.overlap if share_prefixes else 0)
+        assert engine.drafter.covered(handle.id) > 8
+        cache, table = engine.drafter._cache, handle.request.sequence.table
+        found.append([states.clone() for states in cache.gather(0, table, 9)])
+    for alone, shared in zip(*found, strict=True):
+        torch.testing.assert_close(shared, alone)
+
+
+def test_a_prompt_that_many_share_is_computed_once() -> None:
+    params = SamplingParams(temperature=1.0, max_new_tokens=6, ignore_eos=True)
+    for system in ("plain", "small", "eagle", "medusa"):
+        engine = SYSTEMS[system].engine(page_size=4, prefill_chunk=8, max_batch_size=8)
+        engine.generate([PROMPTS[14]] * 8, params)
+        # 16 tokens before the root are four pages; the others compute at most what overlaps.
+        assert len(PROMPTS[14]) == 16 and engine.metrics.num_prefill_tokens <= 15 + 7 * 4
+        assert engine.metrics.num_prefix_tokens == 7 * (12 - getattr(engine.drafter, "overlap", 0))
 
 
 @pytest.mark.skipif("SPECDEC_SOAK" not in os.environ, reason="make soak runs it: ten thousand requests")
