@@ -32,7 +32,7 @@ def training_table(rows: Seq[dict[str, Any]]) -> Table:
 
 
 def training_picture(rows_file: Path, path: Path) -> None:
-    """Writes a PNG from a file of rows: loss, accuracy of each drafted place, and tau, over the steps.
+    """Writes a PNG from a file of rows: loss, accuracy of each drafted place, and tau, over the steps and the tokens in them.
 
     Rows of a step that was taken twice, before and after a stop, count once: the later ones.
     """
@@ -60,6 +60,11 @@ def training_picture(rows_file: Path, path: Path) -> None:
         panel.grid(alpha=0.3)
         if panel.get_legend_handles_labels()[0]:
             panel.legend(fontsize=8, ncols=2)
+    if evals and "num_tokens" in evals[-1]:
+        # Every step has about as many tokens as any other.
+        per_step = evals[-1]["num_tokens"] / evals[-1]["step"]
+        top = panels[0].secondary_xaxis("top", functions=(lambda x: x * per_step, lambda x: x / per_step))
+        top.set_xlabel("training tokens")
     panels[-1].set_xlabel("step")
     panels[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
     figure.savefig(path, dpi=150)

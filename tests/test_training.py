@@ -301,6 +301,10 @@ def test_training_lowers_the_held_out_loss(kind: str, target, tmp_path: Path) ->
     assert {row["kind"] for row in rows} == {"train", "eval"}
     assert all(0 <= row["accuracy_1"] <= 1 and row["grad_norm"] >= 0 for row in rows[:-1])
     assert [row["step"] for row in rows] == [10, 20, 30, 30]
+    # Two rows of at most 40 tokens, or of one longer text, in each step.
+    assert rows[-1]["num_tokens"] == sum(
+        len(data[i].token_ids_T) for step in range(30) for row in trainer._schedule.step(step) for i in row
+    )
 
 
 class Stop(KeyboardInterrupt):

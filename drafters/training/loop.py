@@ -203,7 +203,8 @@ class Trainer:
             progress.evals_without_gain += 1
         progress.evaluated_step = progress.step
         progress.stopped_early = 0 < self.params.patience <= progress.evals_without_gain
-        self._emit(calls, {**row, "is_best": progress.best_step == progress.step})
+        num_tokens = self._schedule.num_tokens(progress.step)
+        self._emit(calls, {**row, "num_tokens": num_tokens, "is_best": progress.best_step == progress.step})
         return True
 
     def _emit(self, calls: Callbacks, row: dict[str, Any]) -> None:

@@ -95,6 +95,11 @@ class RowSchedule:
         first = (step - self._starts[epoch]) * self.rows_per_step
         return self._epoch[1][first : first + self.rows_per_step]
 
+    def num_tokens(self, num_steps: int) -> int:
+        """Tokens in the rows of the first `num_steps` steps, those that are only read included."""
+        steps = (self.step(step) for step in range(num_steps))
+        return sum(self._lengths[record] for rows in steps for records in rows for record in records)
+
     def epoch_of(self, step: int) -> int:
         # Epochs differ in their number of rows, for other neighbours fill rows differently.
         while self._starts[-1] <= step:
