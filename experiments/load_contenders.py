@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from specdec.config import EngineConfig, LoadConfig
 from specdec.experiments.driving import Clock, Server
-from specdec.experiments.engine_options import engine_with, shares_prefixes
 from specdec.experiments.servers import EngineServer
 from specdec.experiments.system import System, plain_system
 from specdec.experiments.transformers_servers import ContinuousServer, StaticServer
@@ -43,12 +42,8 @@ def check_contenders(config: LoadConfig) -> None:
         raise ValueError(f"contenders={names}: {PLAIN} must be among them, its texts are what all are compared with")
     if len(set(config.share_prefixes)) < len(config.share_prefixes):
         raise ValueError(f"share_prefixes={list(config.share_prefixes)} must name each choice once")
-    if config.share_prefixes:
-        engine_with(config.engine, share_prefixes=True)
     if {FIXED, ADAPTIVE} & set(names) and not hasattr(config.drafter, "policy"):
         raise ValueError(f"drafter={config.drafter.label} drafts nothing: choose another, or leave {FIXED} out")
-    if ADAPTIVE in names:
-        engine_with(config.engine, speculation=ADAPTIVE)
     if {STATIC, CONTINUOUS} & set(names) and config.sampling.temperature > 0:
         raise ValueError(
             f"sampling.temperature={config.sampling.temperature}: transformers draws from chance of its own, so that texts "
@@ -71,9 +66,9 @@ def build_contenders(
     the tokens of the longest request, `ignore_eos` whether requests run to their full length.
     """
     found: list[LoadContender] = []
-    choices = list(config.share_prefixes) or [shares_prefixes(config.engine)]
+    choices = list(config.share_prefixes) or [config.engine.share_prefixes]
     for share in choices:
-        engine = engine_with(config.engine, share_prefixes=share) if config.share_prefixes else config.engine
+        engine = replace(config.engine, share_prefixes=share) if config.share_prefixes else config.engine
         for name in config.contenders:
             if name in (PLAIN, FIXED, ADAPTIVE):
                 found.append(_of_engine(name, share, config, engine, system, target, clock))
@@ -101,7 +96,7 @@ def _of_engine(
     else:
         assert system is not None
         chosen = system
-    engine = engine_with(engine, speculation=ADAPTIVE) if name == ADAPTIVE else engine
+    engine = replace(engine, speculation=ADAPTIVE) if name == ADAPTIVE else engine
     labels = {"system": "specdec", "speculation": name, **chosen.labels}
     return LoadContender(name, share, labels, lambda: EngineServer(chosen.engine(target, engine), clock))
 

@@ -13,7 +13,6 @@ from specdec.config import EngineConfig, StreamCheckConfig
 from specdec.engine import Engine
 from specdec.experiments.building import build, sampling_params
 from specdec.experiments.contenders import system_config
-from specdec.experiments.engine_options import engine_with, has_option
 from specdec.experiments.resume import Measurements, digest
 from specdec.experiments.streams import Stream, StreamResult, differing, draw_stream, run_stream
 from specdec.experiments.system import (
@@ -195,9 +194,7 @@ class _Check:
         found = self.raw.get(key)
         if found is None:
             if plain.rule.name not in self._plain:
-                sizes = EngineConfig(max_batch_size=1)
-                if has_option("share_prefixes"):
-                    sizes = engine_with(sizes, share_prefixes=False)
+                sizes = EngineConfig(max_batch_size=1, share_prefixes=False)
                 self._plain[plain.rule.name] = plain.engine(self.target, sizes)
             result = self._plain[plain.rule.name].generate([request.prompt], request.params)[0]
             found = {"token_ids": result.token_ids, "text": result.text}

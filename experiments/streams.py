@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 
 from specdec.config import EngineConfig
 from specdec.engine import Engine
-from specdec.experiments.engine_options import engine_with, has_option
 from specdec.experiments.resume import digest
 from specdec.experiments.workload import LoadRequest
 from specdec.request import Token
@@ -57,10 +56,8 @@ def draw_stream(
         prefill_chunk=chance.choice(PREFILL_CHUNKS),
         page_size=page_size,
         num_pages=chance.randint(need, 3 * need),
+        share_prefixes=chance.random() < 0.8,
     )
-    share = chance.random() < 0.8
-    if has_option("share_prefixes"):
-        engine = engine_with(engine, share_prefixes=share)
     warm = [replace(one, params=replace(one.params, temperature=chance.choice(temperatures))) for one in requests]
     gaps = [chance.choice((0, 0, 0, 1, 2, 5, 20)) for _ in requests]
     cancelled = [

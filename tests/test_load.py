@@ -16,7 +16,6 @@ from specdec.drafters import NGramDrafter, TopK
 from specdec.experiments import load
 from specdec.experiments.arrivals import ClosedLoop, OpenLoop
 from specdec.experiments.driving import Server, WallClock, drive
-from specdec.experiments.engine_options import has_option
 from specdec.experiments.load_report import load_picture, load_tables
 from specdec.experiments.servers import EngineServer
 from specdec.experiments.system import System, plain_system
@@ -31,7 +30,7 @@ FIELDS = set(
     ttft_p95_s itl_p50_s itl_p95_s itl_p99_s occupancy prefix_hit_rate num_prompt_tokens_computed num_preemptions draft_share
     verify_share accept_share other_share num_compared num_differing""".split()  # noqa: SIM905
 )
-SHARES = [True, False] if has_option("share_prefixes") else []
+SHARES = [True, False]
 PROMPTS = [[5, 6, 7] * 4, [9, 10], [11, 12, 13, 14, 15], [5, 6, 7] * 4, [20] * 9]
 
 

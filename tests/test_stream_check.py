@@ -12,7 +12,6 @@ from specdec import PagedModel, SamplingParams, cli
 from specdec.config import EngineConfig
 from specdec.drafters import NGramDrafter, TopK
 from specdec.experiments import stream_check
-from specdec.experiments.engine_options import has_option, shares_prefixes
 from specdec.experiments.streams import StreamResult, differing, draw_stream, run_stream
 from specdec.experiments.system import System
 from specdec.experiments.workload import LoadRequest
@@ -30,7 +29,7 @@ def test_streams_are_drawn_from_their_seed_and_their_number() -> None:
     drawn = [draw_stream(REQUESTS, [0.0, 0.7], 0.5, 8, seed=1, number=number) for number in range(30)]
     assert drawn[3] == draw_stream(REQUESTS, [0.0, 0.7], 0.5, 8, seed=1, number=3)
     assert len({(one.engine.page_size, one.engine.num_pages) for one in drawn}) > 10
-    assert {shares_prefixes(one.engine) for one in drawn} == {has_option("share_prefixes"), False}
+    assert {one.engine.share_prefixes for one in drawn} == {True, False}
     assert {request.params.temperature for one in drawn for request in one.requests} == {0.0, 0.7}
     cancelled = [after for one in drawn for after in one.cancel_after]
     assert 0.3 < sum(after is not None for after in cancelled) / len(cancelled) < 0.7
