@@ -95,21 +95,6 @@ class NGramConfig(DrafterConfig):
 
 
 @dataclass
-class AutoDrafterConfig(DrafterConfig):
-    """What serves without a choice: the default target's own EAGLE-3 head; n-gram lookup for a target that has a path."""
-
-    label: ClassVar[str] = "auto"
-    target: str | None = None
-    policy: PolicyConfig = field(default_factory=PolicyConfig)
-
-    @property
-    def chosen(self) -> DrafterConfig:
-        if self.target is None:
-            return EagleDrafterConfig("specdec.drafters.eagle.load", "eagle3", policy=self.policy)
-        return NGramConfig("specdec.drafters.NGramDrafter", min_ngram=1, max_ngram=4, max_matches=8, policy=self.policy)
-
-
-@dataclass
 class SmallModelConfig(DrafterConfig):
     label: ClassVar[str] = "small_model"
     _target_: str = MISSING
@@ -622,7 +607,6 @@ SCHEMAS: dict[str, type] = {
     "rule/typical": TypicalConfig,
     "rule/threshold": ThresholdConfig,
     "drafter/none": DrafterConfig,
-    "drafter/auto": AutoDrafterConfig,
     "drafter/ngram": NGramConfig,
     "drafter/small_model": SmallModelConfig,
     "drafter/medusa": MedusaDrafterConfig,
@@ -656,15 +640,12 @@ def register() -> None:
 
 
 def to_typed(config: DictConfig) -> Any:
-    """The instance of its schema that a composed config describes; a choice of drafter that was left open is made here.
+    """The instance of its schema that a composed config describes.
 
     Raises ValueError for a key that was forced in with `+`, OmegaConf's MissingMandatoryValue for a value not given.
     """
     _refuse_unknown(config, "")
-    typed: Any = OmegaConf.to_object(config)
-    if isinstance(getattr(typed, "drafter", None), AutoDrafterConfig):
-        typed.drafter = typed.drafter.chosen
-    return typed
+    return OmegaConf.to_object(config)
 
 
 def _refuse_unknown(config: DictConfig, prefix: str) -> None:

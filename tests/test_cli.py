@@ -86,7 +86,7 @@ def test_help_names_every_experiment(capsys: pytest.CaptureFixture[str]) -> None
     assert cli.main(["generate", "--help"]) == 0
     assert "drafter/policy  chain, coupled, mixed, sampled, static, top_k" in capsys.readouterr().out
     assert cli.main(["generate", "--cfg", "job"]) == 0
-    assert "specdec.drafters.TopK" in capsys.readouterr().out
+    assert "specdec.drafters.NGramDrafter" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

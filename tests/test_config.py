@@ -96,7 +96,7 @@ LABELS = {name: f"{name}(tiny-{name})" for name in DRAFTERS} | {
 
 
 @pytest.mark.parametrize("policy", configs.options("drafter/policy"))
-@pytest.mark.parametrize("drafter", sorted({*configs.options("drafter")} - {"none", "auto"}))
+@pytest.mark.parametrize("drafter", sorted({*configs.options("drafter")} - {"none"}))
 def test_every_drafter_and_policy_builds_and_generates(
     drafter: str, policy: str, model_folder: str, drafts: dict[str, str]
 ) -> None:

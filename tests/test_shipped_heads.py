@@ -7,9 +7,8 @@ from pathlib import Path
 import pytest
 
 from specdec.checkpoint import shipped_heads
-from specdec.config import EagleDrafterConfig, NGramConfig, compose, to_typed
+from specdec.config import compose, to_typed
 from specdec.drafters.heads.formats import inspect_head
-from specdec.experiments.building import build
 from specdec.experiments.system import load_system, load_target, plain_system
 from specdec.sampling import SamplingParams
 
@@ -30,14 +29,6 @@ def test_every_head_has_a_card_and_is_small() -> None:
 def test_heads_are_sound(name: str) -> None:
     report = inspect_head(name)
     assert report.is_sound, report
-
-
-def test_the_default_drafter_is_the_default_target_s_head() -> None:
-    ours = to_typed(compose("generate", ["drafter/policy=chain"]))
-    assert isinstance(ours.drafter, EagleDrafterConfig) and ours.drafter.path == "eagle3"
-    assert build(ours.drafter.policy).max_depth == ours.drafter.policy.depth
-    others = to_typed(compose("generate", ["target=hf", "target.path=owner/model", "drafter.policy.total=7"]))
-    assert isinstance(others.drafter, NGramConfig) and others.drafter.policy.total == 7
 
 
 @pytest.mark.real_model
