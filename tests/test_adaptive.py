@@ -105,7 +105,7 @@ def chain_rate(hits: list[float], target_s, level_s: float, node_s: float, depth
         ([0.6] * 8, linear),
         ([0.0, 0.9] * 4, flat),
     ],
-    ids=str,
+    ids=lambda value: getattr(value, "__name__", str(value)),
 )
 def test_near_the_best_fixed_chain_and_never_far_below_plain(kind: str, hits: list[float], target_s) -> None:
     level_s, node_s, policy = 0.004, 2e-4, chain(6, kind)

@@ -24,7 +24,7 @@ from specdec.verifiers import Block, Follow, Rejection, Traversal
         (Traversal(), Mixed([2, 1])),
         (Follow(), TopK(4, 2, 2)),
     ],
-    ids=str,
+    ids=lambda value: getattr(value, "name", type(value).__name__),
 )
 def test_the_law_is_the_targets(rule: AcceptanceRule, policy: GrowingPolicy) -> None:
     assert adaptive_error(rule, policy) < TOLERANCE
