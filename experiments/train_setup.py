@@ -16,6 +16,7 @@ from specdec.config import (
     MedusaHeadConfig,
     TrainConfig,
 )
+from specdec.drafters.heads.formats import Head, load_head
 from specdec.drafters.training.initial import new_eagle, new_medusa
 from specdec.drafters.training.joint import MedusaJointObjective
 from specdec.drafters.training.objectives import Eagle1Objective, Eagle3Objective, MedusaObjective, Objective
@@ -38,9 +39,10 @@ def training_params(config: TrainConfig) -> TrainingParams:
 def build_objective(
     head: HeadConfig, target: TrainingTarget, data: RecordSet, seed: int, say: Callable[[str], object] = print
 ) -> Objective:
-    """A new head and its objective; `say` tells what was chosen."""
+    """A new head, or the one of `head.initial`, and its objective; `say` tells what was chosen."""
     if isinstance(head, MedusaHeadConfig):
         heads = new_medusa(target, head.num_heads, head.num_layers, head.own_lm_head)
+        _begin(heads, head.initial, target)
         if not isinstance(head, Medusa2HeadConfig):
             return MedusaObjective(heads, target, head.decay)
         return MedusaJointObjective(
@@ -48,6 +50,7 @@ def build_objective(
         )
     if isinstance(head, Eagle1HeadConfig):
         eagle = new_eagle(target, 1, seed, intermediate_size=head.intermediate_size)
+        _begin(eagle, head.initial, target)
         return Eagle1Objective(eagle, target, head.token_weight, head.noise)
     assert isinstance(head, Eagle3HeadConfig)
     counts_V = token_counts(data, target.vocab_size)
@@ -57,7 +60,18 @@ def build_objective(
         share = coverage(counts_V, ids)
         say(f"draft vocabulary: {size} of {target.vocab_size} tokens, {share:.2%} of the tokens to be learnt")
     eagle = new_eagle(target, 3, seed, ids, head.feature_layers, head.intermediate_size)
+    _begin(eagle, head.initial, target)
     return Eagle3Objective(eagle, target, head.num_steps, head.decay)
+
+
+def _begin(head: Head, initial: str | None, target: TrainingTarget) -> None:
+    """Takes over the weights and the draft vocabulary of `initial`. Raises ValueError where its shape is not the head's."""
+    if initial is None:
+        return
+    given = load_head(initial, target.model, device=target.device)
+    if given.config != head.config:
+        raise ValueError(f"head.initial={initial} is {given.config}, and the head to be trained is {head.config}")
+    head.load_state_dict(given.state_dict())
 
 
 def settings_of(config: TrainConfig, target_name: str) -> dict[str, Any]:

@@ -285,12 +285,13 @@ class AsyncEngine:
         with self._wake:
             self.error = error
         self._answer()
+        # Whoever learns of it finds the places free already; nothing is taken in any more.
+        with self._wake:
+            self._num_open = 0
         for stream in self._streams:
             stream.put(EngineDead(error))
         self._streams.clear()
         self._owners.clear()
-        with self._wake:
-            self._num_open = 0
 
 
 def _described(error: Exception) -> str:

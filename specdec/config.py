@@ -494,10 +494,11 @@ class DataConfig:
 
 @dataclass
 class HeadConfig:
-    """Base of the heads that can be trained."""
+    """Base of the heads that can be trained. `initial` is a checkpoint whose weights training starts from (None: new ones)."""
 
     label: ClassVar[str] = "none"
     learning_rate: float = MISSING
+    initial: str | None = None
 
 
 @dataclass

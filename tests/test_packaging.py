@@ -38,7 +38,7 @@ BESIDE_STAND_IN = """
 import importlib, json, pkgutil, site, sys
 assert sys.path[0] == ""
 site.addsitedir(sys.argv[1])
-import kernels
+kernels = importlib.import_module("kernels")
 import transformers
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 from transformers.utils import is_kernels_available

@@ -109,6 +109,29 @@ def test_a_head_is_trained_saved_and_served(kind: str, train, model: str, data: 
     assert found["tau"] == rows[-1]["tau"]
 
 
+@pytest.mark.parametrize("kind", ["medusa", "eagle1", "eagle3"])
+def test_training_goes_on_from_a_head(kind: str, train) -> None:
+    _, _, rows = train(f"head={kind}", *EXTRA[kind])
+    still = ("training.learning_rate=1e-9", "eval_prompts=0")
+    status, said, onward = train(
+        f"head={kind}", *EXTRA[kind], "head.initial=run/best", "folder=onward", "output=run/rows.jsonl", *still
+    )
+    assert status == 0, said
+    ended, begun = rows[-2], onward[-2]
+    # The state that was evaluated last is where the second training stands still.
+    if rows[-1]["best_step"] == 4:
+        assert begun["loss"] == pytest.approx(ended["loss"], rel=1e-4)
+    first = load_head("run/best").state_dict()
+    for name, tensor in load_head("onward/best").state_dict().items():
+        assert torch.allclose(tensor.float(), first[name].float(), atol=1e-5), name
+
+
+def test_a_head_of_another_shape_is_no_beginning(train) -> None:
+    train("head=medusa", "head.num_heads=2")
+    status, said, _ = train("head=medusa", "head.num_heads=3", "head.initial=run/best", "folder=onward")
+    assert status == 2 and "head.initial=run/best" in said and said.strip().count("\n") == 0
+
+
 def test_mixed_precision_and_wandb(train, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_MODE", "disabled")
     words = ("training.mixed_precision=bf16", "tracking=wandb", "tracking.mode=disabled")
