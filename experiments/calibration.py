@@ -31,7 +31,7 @@ from specdec.tree import DrawKind, TokenTree, TreeSpec
 from specdec.verifiers import Follow, Verifier
 
 ROWS = (1, 2, 4, 8, 16, 32, 64)
-_SOURCES = ("attention", "cost", "engine", "kv_cache", "model", "packing")
+_SOURCES = ("attention", "cost", "decoder", "engine", "kv_cache", "model", "packing")
 _REPEATS, _WARM_UP = 3, 2
 _CONTEXT = 512
 

@@ -18,18 +18,29 @@ class UnsupportedModelError(ValueError):
     """A model whose attention cannot be served exactly; it is refused rather than run wrong."""
 
 
+@dataclass(frozen=True)
+class LayerOptions:
+    """What a layer asks of its attention: the factor of its scores, how many positions it sees, whatever else it wants."""
+
+    scaling: float
+    window: int | None
+    has_softcap: bool
+    has_sinks: bool
+
+
 @dataclass
 class TreeContext:
     """Travels as the keyword `tree_context` from `PagedModel.forward` to every attention layer.
 
     `is_invariant` asks for attention whose bits depend on a token's own path alone. Without a cache the context only
-    records the K/V shape of each layer that asks (`shapes`), which is how a model is measured.
+    records each layer's K/V shape (`shapes`) and what it asks for (`options`), which is how a model is measured.
     """
 
     plan: AttentionPlan
     cache: KVCache | None
     is_invariant: bool = False
     shapes: dict[int, LayerShape] = field(default_factory=dict)
+    options: dict[int, LayerOptions] = field(default_factory=dict)
 
 
 def register() -> None:
@@ -61,7 +72,9 @@ def paged_attention(
     if layer is None or query.shape[0] != 1 or attention_mask is not None:
         raise UnsupportedModelError(f"{name} (layer {layer}) does not attend over one packed row without a mask")
     query_THE, key_TGE, value_TGE = (states[0].transpose(0, 1) for states in (query, key, value))
+    scaling = query_THE.shape[-1] ** -0.5 if scaling is None else scaling
     if tree_context.cache is None:
+        tree_context.options[layer] = LayerOptions(scaling, sliding_window, softcap is not None, s_aux is not None)
         tree_context.shapes[layer] = LayerShape(key_TGE.shape[1], key_TGE.shape[2], value_TGE.shape[2])
         return query_THE.new_zeros(1, *query_THE.shape[:2], value_TGE.shape[2]), None
     plan, cache = tree_context.plan, tree_context.cache
@@ -72,7 +85,7 @@ def paged_attention(
         keys_SGE,
         values_SGE,
         plan,
-        scaling=query_THE.shape[-1] ** -0.5 if scaling is None else scaling,
+        scaling=scaling,
         window=sliding_window,
         softcap=softcap,
         sinks_H=s_aux,

@@ -14,7 +14,7 @@ from specdec.passed import record_of, remember
 from specdec.tree import TokenTree
 
 _SEED = 0
-_SOURCES = ("attention", "invariance", "kv_cache", "model", "packing")
+_SOURCES = ("attention", "decoder", "invariance", "kv_cache", "model", "packing")
 # Of one row, of few, of what fills a block of oneDNN's or the attention's and a little more; past several tiles.
 _CHUNKS = (40, 1, 2, 1, 3, 5, 16, 17, 33, 7, 200, 250, 1, 11, 1)
 # A tree of 16 nodes; the nodes along `_PATH` hold the text's end.

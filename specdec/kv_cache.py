@@ -35,12 +35,20 @@ class KVCache:
         sizes = [self._group.count(group) for group in range(len(distinct))]
         self._keys_LSGE = [self._empty(n, s.num_kv_heads, s.key_size) for n, s in zip(sizes, distinct, strict=True)]
         self._values_LSGE = [self._empty(n, s.num_kv_heads, s.value_size) for n, s in zip(sizes, distinct, strict=True)]
+        self._addresses: tuple[list[int], list[int]] | None = None
         pool.attach(self)
 
     def layer(self, index: int) -> tuple[Tensor, Tensor]:
         """Keys [S, G, E_k] and values [S, G, E_v] of one layer over all slots; views, written in place."""
         group, at = self._group[index], self._index[index]
         return self._keys_LSGE[group][at], self._values_LSGE[group][at]
+
+    def addresses(self) -> tuple[list[int], list[int]]:
+        """Where the keys and values of each layer lie in memory; another place after the pool has grown."""
+        if self._addresses is None:
+            layers = [self.layer(i) for i in range(len(self.shapes))]
+            self._addresses = [keys.data_ptr() for keys, _ in layers], [values.data_ptr() for _, values in layers]
+        return self._addresses
 
     def write(self, layer: int, slots_T: Tensor, first_slot: int | None, keys_TGE: Tensor, values_TGE: Tensor) -> None:
         """Stores new tokens at their slots; `first_slot` where these are one run."""
@@ -70,6 +78,7 @@ class KVCache:
 
     def resize(self, num_pages: int) -> None:
         """Follows the pool: room for `num_pages` pages, contents kept."""
+        self._addresses = None
         slots = num_pages * self.pool.page_size
         for group in (self._keys_LSGE, self._values_LSGE):
             for i, old in enumerate(group):

@@ -96,7 +96,11 @@ def load_model(
 
         check(paged)
     if packed:
+        from specdec.decoder_check import check_decoder
+
         paged.pack()
+        if self_check:
+            check_decoder(paged)
     if numerics != "fast" and packed:
         from specdec.invariance import make_invariant
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
 from collections.abc import Sequence as Seq
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,9 +14,10 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from specdec.attention import ATTENTION_NAME, TreeContext, UnsupportedModelError, register
+from specdec.decoder import FastDecoder, NotServed
 from specdec.interfaces import ForwardResult
 from specdec.kernels.tree_attention import AttentionPlan, SequencePlan
-from specdec.kv_cache import KVCache, LayerShape
+from specdec.kv_cache import KVCache
 from specdec.packing import can_pack, pack_linears, set_invariant
 from specdec.pages import PagePool, PageTable
 
@@ -56,6 +59,7 @@ class PagedModel:
         self.hidden_size: int = config.hidden_size
         self.max_positions = _position_limit(config)
         self.numerics = "fast"
+        self._decoder: FastDecoder | None = None
         self._takes_rows = "logits_to_keep" in inspect.signature(type(model).forward).parameters
         try:
             model.set_attn_implementation(ATTENTION_NAME)
@@ -63,7 +67,9 @@ class PagedModel:
             raise UnsupportedModelError(
                 f"{self.name}: {type(model).__name__} cannot change its attention: {error}"
             ) from error
-        self.layer_shapes, self.vocab_size = self._measure()
+        context, self.vocab_size = self._measure()
+        self.layer_shapes = [context.shapes[layer] for layer in range(self.num_layers)]
+        self.layer_options = [context.options[layer] for layer in range(self.num_layers)]
 
     @staticmethod
     def load(path: str, **options: Any) -> PagedModel:
@@ -73,14 +79,35 @@ class PagedModel:
         return load_model(path, **options)
 
     def pack(self) -> None:
-        """Puts the linear layers in oneDNN's packed layout where that pays (bfloat16 on the CPU); else does nothing.
+        """Puts the linear layers in a packed layout where that pays (bfloat16 on the CPU); else does nothing.
 
-        The plain weights are gone afterwards: the model can run, not be saved or moved. Raises UnsupportedModelError where
-        the model reads a weight that is no longer there.
+        The plain weights are gone afterwards: the model can run, not be saved or moved. Models built as Llama is then run all
+        their layers in one call, where the CPU has AMX. Raises UnsupportedModelError where the model reads a weight that is no
+        longer there.
         """
         if can_pack(self.device, self.dtype):
             pack_linears(self.model, self._measure)
             self._measure()
+            with suppress(NotServed):
+                self._decoder = FastDecoder(self.model, self.layer_options)
+
+    @property
+    def is_fused(self) -> bool:
+        """Whether all layers run in one call, see `FastDecoder`."""
+        return self._decoder is not None
+
+    def drop_decoder(self) -> None:
+        """From now on the model runs layer by layer, as transformers does."""
+        self._decoder = None
+
+    @contextmanager
+    def layer_by_layer(self) -> Iterator[None]:
+        """While it lasts, the forward is that of transformers: what the quick way is compared with."""
+        decoder, self._decoder = self._decoder, None
+        try:
+            yield
+        finally:
+            self._decoder = decoder
 
     def set_numerics(self, numerics: str) -> None:
         """fast, or invariant: a token's logits depend on its own path alone, to the last bit, not on the tree, chunk, batch or
@@ -134,6 +161,8 @@ class PagedModel:
         positions = torch.cat([segment.positions_Q for segment in segments])
         context = TreeContext(plan_attention(segments, self.device), cache, self.numerics == "invariant")
         rows = torch.arange(len(tokens), device=self.device) if wanted_rows is None else wanted_rows
+        if self._decoder is not None:
+            return self._decoder.forward(tokens, positions, context.plan, cache, rows, hidden_layers)
         return self._run(tokens, positions, context, rows, tuple(hidden_layers))
 
     def _run(
@@ -153,8 +182,9 @@ class PagedModel:
         return ForwardResult(logits, {layer: out.hidden_states[layer][0] for layer in hidden_layers})
 
     @torch.inference_mode()
-    def _measure(self) -> tuple[list[LayerShape], int]:
-        """K/V shape of every layer and the width of the logits, from a forward of one token that attends to nothing."""
+    def _measure(self) -> tuple[TreeContext, int]:
+        """What every layer asks of its attention and the width of the logits, from a forward of one token that attends to
+        nothing."""
         token, row = torch.tensor([0]), torch.tensor([0])
         context = TreeContext(AttentionPlan(row, 0, []), None)
         try:
@@ -171,7 +201,7 @@ class PagedModel:
                 f"{self.name}: layers {missing} of {type(self.model).__name__} do not use the attention function registered "
                 f"with transformers, so they cannot be served from pages; choose a model that does"
             )
-        return [context.shapes[layer] for layer in range(self.num_layers)], result.logits_RV.shape[-1]
+        return context, result.logits_RV.shape[-1]
 
 
 def _position_limit(config: PreTrainedConfig) -> int | None:

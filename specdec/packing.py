@@ -1,8 +1,7 @@
-"""Packed weights on the CPU: linear layers in oneDNN's own layout, those that read one input as a single product."""
+"""Packed weights on the CPU: linear layers in a layout of their own, those that read one input as a single product."""
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
@@ -11,14 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# oneDNN's kernel for up to this many rows gives each row the same bits wherever it stands; larger ones block otherwise.
-MAX_ROWS = 32
-_NUM_COMPARED = 300_000
+from specdec.kernels.linear import Arena, PackedWeight, can_pack, pack, room_for
 
-
-def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether packing pays here: bfloat16 on a CPU whose oneDNN multiplies it natively."""
-    return device.type == "cpu" and dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+__all__ = ["PackedLinear", "can_pack", "linear_rows", "pack_linears", "set_invariant"]
 
 
 def pack_linears(model: nn.Module, run: Callable[[], object]) -> int:
@@ -28,26 +22,21 @@ def pack_linears(model: nn.Module, run: Callable[[], object]) -> int:
     the query, key and value projections read the same tensor one after another, so one product serves them. Which do is
     seen by watching one forward, `run`, so no architecture is named here. The plain weights are freed as they go.
     """
-    for group in _groups(model, run):
+    groups = _groups(model, run)
+    sizes = [[getattr(parent, name).weight.shape for parent, name in group] for group in groups]
+    arena = Arena(sum(room_for(sum(size[0] for size in one), one[0][1]) for one in sizes))
+    for group in groups:
         parent = group[0][0]
-        product = _SharedProduct([getattr(parent, name) for _, name in group])
+        product = SharedProduct([getattr(parent, name) for _, name in group], arena)
         for index, (owner, name) in enumerate(group):
             setattr(owner, name, PackedLinear(product, index))
     return sum(isinstance(module, PackedLinear) for module in model.modules())
 
 
 def set_invariant(model: nn.Module, is_invariant: bool) -> None:
-    """Whether every packed layer gives a row of its input the same bits whatever rows are beside it.
-
-    Products of more than `MAX_ROWS` rows then go in pieces. How many there must be is measured per shape; fewer are filled
-    up with zeros.
-    """
-    least: dict[tuple[int, int], int] = {}
+    """Whether every packed layer gives a row of its input the same bits whatever rows are beside it."""
     for product in dict.fromkeys(module.product for module in model.modules() if isinstance(module, PackedLinear)):
-        shape = product.in_features, sum(product.sizes)
-        if is_invariant and shape not in least:
-            least[shape] = product.fewest_stable_rows()
-        product.min_rows = least[shape] if is_invariant else None
+        product.weight.set_invariant(is_invariant)
 
 
 def linear_rows(linear: nn.Module, ids_R: Tensor) -> nn.Linear:
@@ -72,86 +61,48 @@ def linear_rows(linear: nn.Module, ids_R: Tensor) -> nn.Linear:
 class PackedLinear(nn.Module):
     """One linear layer of a shared product."""
 
-    def __init__(self, product: _SharedProduct, index: int) -> None:
+    def __init__(self, product: SharedProduct, index: int) -> None:
         super().__init__()
         self.in_features, self.out_features = product.in_features, product.sizes[index]
-        self.product, self._index = product, index
+        self.product, self.index = product, index
 
     def forward(self, input: Tensor) -> Tensor:
-        return self.product.output(input, self._index)
+        return self.product.output(input, self.index)
 
     def plain(self) -> tuple[Tensor, Tensor | None]:
         """Weight [out, in] and bias, unpacked: copies that take as much memory again."""
-        return self.product.plain(self._index)
+        return self.product.plain(self.index)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, shared_by={len(self.product.sizes)}"
 
 
-class _SharedProduct:
+class SharedProduct:
     """The product of one input with the stacked weights of the layers that read it; the first to ask computes it."""
 
-    def __init__(self, linears: Seq[nn.Linear]) -> None:
+    def __init__(self, linears: Seq[nn.Linear], arena: Arena) -> None:
         self.in_features = linears[0].in_features
         self.sizes = [linear.out_features for linear in linears]
         biases: list[Tensor] = [linear.bias for linear in linears if linear.bias is not None]
         self._bias = torch.cat(biases) if biases else None
         weights: list[Tensor] = [linear.weight for linear in linears]
-        weight = weights[0] if len(weights) == 1 else torch.cat(weights)
-        self._weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), None)
-        # None: as fast as it goes; else what `set_invariant` found.
-        self.min_rows: int | None = None
+        self.weight: PackedWeight = pack(weights[0] if len(weights) == 1 else torch.cat(weights), self._bias, arena)
         self._input: Tensor | None = None
         self._outputs: tuple[Tensor, ...] = ()
 
     def output(self, input: Tensor, index: int) -> Tensor:
         if len(self.sizes) == 1:
-            return self._multiply(input)
+            return self.weight.multiply(input)
         if input is not self._input:
-            self._input, self._outputs = input, self._multiply(input).split(self.sizes, -1)
+            self._input, self._outputs = input, self.weight.multiply(input).split(self.sizes, -1)
         out = self._outputs[index]
         if index == len(self.sizes) - 1:
             self._input, self._outputs = None, ()
         return out
 
     def plain(self, index: int) -> tuple[Tensor, Tensor | None]:
-        weight = self._weight.to_dense().split(self.sizes)[index]
+        weight = self.weight.plain().split(self.sizes)[index]
         return weight, None if self._bias is None else self._bias.split(self.sizes)[index]
-
-    def fewest_stable_rows(self) -> int:
-        """The least number of rows from which on a row's bits do not depend on how many there are.
-
-        Differences are rare, for rounding to bfloat16 hides most: so many numbers are compared that one in 10^5 is found.
-        """
-        generator = torch.Generator().manual_seed(0)
-        trials = -(-_NUM_COMPARED // (MAX_ROWS * sum(self.sizes)))
-        batches = torch.randn(trials, MAX_ROWS, self.in_features, generator=generator).to(torch.bfloat16)
-        wanted = [self._run(rows) for rows in batches]
-        least = MAX_ROWS
-        for count in (24, 16, 8, 4, 2, 1):
-            pieces = [slice(at, at + count) for at in range(0, MAX_ROWS - count + 1, count)]
-            if any(
-                not torch.equal(self._run(rows[piece]), all_rows[piece])
-                for rows, all_rows in zip(batches, wanted, strict=True)
-                for piece in pieces
-            ):
-                break
-            least = count
-        return least
-
-    def _multiply(self, input: Tensor) -> Tensor:
-        count = math.prod(input.shape[:-1])
-        if self.min_rows is None or self.min_rows <= count <= MAX_ROWS:
-            return self._run(input)
-        rows = input.flatten(0, -2)
-        if count < self.min_rows:
-            out = self._run(nn.functional.pad(rows, (0, 0, 0, self.min_rows - count)))[:count]
-        else:
-            out = torch.cat([self._run(piece) for piece in rows.tensor_split(-(-count // MAX_ROWS))])
-        return out.view(*input.shape[:-1], out.shape[-1])
-
-    def _run(self, input: Tensor) -> Tensor:
-        return torch.ops.mkldnn._linear_pointwise(input, self._weight, self._bias, "none", [], "")
 
 
 def _groups(model: nn.Module, run: Callable[[], object]) -> list[list[tuple[nn.Module, str]]]:

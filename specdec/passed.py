@@ -14,20 +14,21 @@ import torch
 import transformers
 
 import specdec
-from specdec.kernels import tree_attention
+from specdec.kernels import amx, linear, tree_attention
 from specdec.model import PagedModel
 
 
 def record_of(model: PagedModel, check: str, sources: Seq[str], *more: object) -> Path | None:
     """The file that records a pass of `check`; None where there is no cache folder.
 
-    `sources` are the modules of the core, beside the attention's own files, whose change makes it void, `more` whatever
+    `sources` are the modules of the core, beside the kernels' own files, whose change makes it void, `more` whatever
     else does.
     """
     config = model.model.config.to_dict()
     for name in ("_name_or_path", "name_or_path", "transformers_version"):
         config.pop(name, None)
-    kernel = sorted(Path(tree_attention.__file__).parent.glob("*.py"))
+    folders = [Path(str(folder.__file__)).parent for folder in (tree_attention, amx, linear)]
+    kernel = sorted(file for folder in folders for file in folder.iterdir() if file.is_file())
     core = [Path(__file__).with_name(f"{name}.py") for name in sources]
     digests = [hashlib.sha256(path.read_bytes()).hexdigest() for path in (*core, *kernel)]
     versions = [torch.__version__, transformers.__version__, specdec.__version__]

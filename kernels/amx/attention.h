@@ -1,0 +1,320 @@
+// Attention over pages: 16 rows (queries times the heads of a group) at a time, keys in the order of positions along each
+// query's own path, in tiles of 32. A row's bits depend on its own path alone.
+#pragma once
+#include "common.h"
+
+constexpr long TILE = 32;
+
+struct Sequence {
+  int64_t row, num_queries, visible_len, num_keys;
+  // The slot of every key; null: one run from `first_slot`.
+  const int64_t* slots;
+  int64_t first_slot;
+  // [queries, num_keys - visible_len], null: causal, the queries being the last keys.
+  const uint8_t* tail_mask;
+
+  int64_t slot(int64_t key) const { return slots ? slots[key] : first_slot + key; }
+};
+
+struct Heads {
+  int64_t num_heads, num_groups, size;
+  float scaling;
+  int64_t window;
+
+  long per_group() const { return num_heads / num_groups; }
+};
+
+// 16 x 16 numbers of 32 bits, rows to columns.
+static inline void transpose(__m512i v[16]) {
+  __m512i a[16];
+  for (int i = 0; i < 16; i += 2) {
+    a[i] = _mm512_unpacklo_epi32(v[i], v[i + 1]);
+    a[i + 1] = _mm512_unpackhi_epi32(v[i], v[i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4) {
+    v[i] = _mm512_unpacklo_epi64(a[i], a[i + 2]);
+    v[i + 1] = _mm512_unpackhi_epi64(a[i], a[i + 2]);
+    v[i + 2] = _mm512_unpacklo_epi64(a[i + 1], a[i + 3]);
+    v[i + 3] = _mm512_unpackhi_epi64(a[i + 1], a[i + 3]);
+  }
+  for (int i = 0; i < 4; ++i) {
+    a[i] = _mm512_shuffle_i32x4(v[i], v[i + 4], 0x88);
+    a[i + 4] = _mm512_shuffle_i32x4(v[i], v[i + 4], 0xdd);
+    a[i + 8] = _mm512_shuffle_i32x4(v[i + 8], v[i + 12], 0x88);
+    a[i + 12] = _mm512_shuffle_i32x4(v[i + 8], v[i + 12], 0xdd);
+  }
+  for (int i = 0; i < 4; ++i) {
+    v[i] = _mm512_shuffle_i32x4(a[i], a[i + 8], 0x88);
+    v[i + 4] = _mm512_shuffle_i32x4(a[i + 4], a[i + 12], 0x88);
+    v[i + 8] = _mm512_shuffle_i32x4(a[i], a[i + 8], 0xdd);
+    v[i + 12] = _mm512_shuffle_i32x4(a[i + 4], a[i + 12], 0xdd);
+  }
+}
+
+// One block of 16 rows of one sequence and group.
+class Block {
+ public:
+  // `queries` and `out` are rows of the packed forward, `keys` and `values` one layer of the cache.
+  Block(const Sequence& sequence, const Heads& heads, long group, long first_row)
+      : sequence_(sequence), heads_(heads), group_(group), first_(first_row) {
+    const long total = sequence.num_queries * heads.per_group();
+    count_ = total - first_ < ROWS ? total - first_ : ROWS;
+    shared_ = sequence.tail_mask ? sequence.visible_len / TILE * TILE : sequence.num_keys;
+    alignas(64) int32_t last[ROWS];
+    longest_ = 0;
+    for (long r = 0; r < ROWS; ++r) {
+      last[r] = -1;
+      if (r >= count_) continue;
+      const long query = query_of(r);
+      const long tail = sequence.num_keys - sequence.visible_len;
+      if (sequence.tail_mask) {
+        long seen = 0;
+        for (long m = 0; m < tail; ++m) seen += sequence.tail_mask[query * tail + m];
+        last[r] = sequence.visible_len + seen - 1;
+      } else {
+        last[r] = sequence.num_keys - sequence.num_queries + query;
+      }
+      if (last[r] + 1 > longest_) longest_ = last[r] + 1;
+    }
+    last_ = _mm512_load_si512(last);
+    tiles_ = (longest_ + TILE - 1) / TILE;
+  }
+
+  void run(const bf16* queries, long query_stride, const bf16* keys, const bf16* values, bf16* out, long out_stride) {
+    static thread_local Scratch scores_memory, weights_memory, queries_memory;
+    const long size = heads_.size;
+    // [position][row], then [tile][row][position].
+    scores_ = (float*)scores_memory.get(tiles_ * TILE * ROWS * sizeof(float));
+    weights_ = (bf16*)weights_memory.get(tiles_ * BLOCK * sizeof(bf16));
+    queries_ = (bf16*)queries_memory.get(ROWS * size * sizeof(bf16));
+    pack_queries(queries, query_stride);
+    const long common = shared_tiles();
+    for (long tile = 0; tile < common; ++tile) score(tile, keys, -1);
+    for (long at = common * TILE; at < tiles_ * TILE; ++at)
+      _mm512_store_ps(scores_ + at * ROWS, _mm512_set1_ps(-INFINITY));
+    each_tail([&](long tile, long query) { score(tile, keys, query); });
+    const __m512 sums = exponentiate();
+    for (long e = 0; e < size; e += 64) gather(values, e, common, sums, out, out_stride);
+  }
+
+ private:
+  long query_of(long row) const { return (first_ + row) / heads_.per_group(); }
+  long head_of(long row) const { return group_ * heads_.per_group() + (first_ + row) % heads_.per_group(); }
+
+  long shared_tiles() const {
+    const long all = (shared_ + TILE - 1) / TILE;
+    return all < tiles_ ? all : tiles_;
+  }
+
+  __mmask16 rows_of(long query) const {
+    __mmask16 mask = 0;
+    for (long r = 0; r < count_; ++r) mask |= (query < 0 || query_of(r) == query) << r;
+    return mask;
+  }
+
+  // Tiles of keys that a query has for itself: the last of what all see, and its ancestors.
+  template <typename Do>
+  void each_tail(Do visit) {
+    if (!sequence_.tail_mask) return;
+    const long tail = sequence_.num_keys - sequence_.visible_len;
+    static thread_local Scratch path_memory;
+    path_ = (int64_t*)path_memory.get((TILE + tail) * sizeof(int64_t));
+    for (long query = query_of(0); query <= query_of(count_ - 1); ++query) {
+      path_len_ = 0;
+      for (long key = shared_; key < sequence_.visible_len; ++key) path_[path_len_++] = sequence_.slot(key);
+      for (long m = 0; m < tail; ++m)
+        if (sequence_.tail_mask[query * tail + m]) path_[path_len_++] = sequence_.slot(sequence_.visible_len + m);
+      for (long tile = shared_ / TILE; (tile * TILE - shared_) < path_len_; ++tile) visit(tile, query);
+    }
+  }
+
+  // Where 16 keys or values of the path begin at position `at`, `query` < 0 for what all see; copied together where they
+  // do not lie in one run, zeros behind the end.
+  const bf16* sixteen(const bf16* cache, long at, long query, bf16* copy, long& stride) const {
+    const long size = heads_.size, step = heads_.num_groups * size;
+    const long offset = query < 0 ? at : at - shared_;
+    const long end = query < 0 ? sequence_.num_keys : path_len_;
+    const int64_t* slots = query < 0 ? sequence_.slots : path_;
+    cache += group_ * size;
+    if (offset + ROWS <= end) {
+      const int64_t first = slots ? slots[offset] : sequence_.first_slot + offset;
+      bool is_run = true;
+      if (slots)
+        for (long i = 1; i < ROWS; ++i) is_run &= slots[offset + i] == first + i;
+      if (is_run) {
+        stride = step;
+        return cache + first * step;
+      }
+    }
+    stride = size;
+    for (long i = 0; i < ROWS; ++i) {
+      const long key = offset + i;
+      if (key < end)
+        std::memcpy(copy + i * size, cache + (slots ? slots[key] : sequence_.first_slot + key) * step, size * 2);
+      else
+        std::memset(copy + i * size, 0, size * 2);
+    }
+    return copy;
+  }
+
+  // Tiles [pair of components][row][2], for 32 components each.
+  void pack_queries(const bf16* queries, long stride) {
+    for (long e = 0; e < heads_.size; e += DEPTH) {
+      __m512i rows[16];
+      for (long r = 0; r < ROWS; ++r)
+        rows[r] = r < count_ ? _mm512_loadu_si512(queries + (sequence_.row + query_of(r)) * stride +
+                                                  head_of(r) * heads_.size + e)
+                             : _mm512_setzero_si512();
+      transpose(rows);
+      for (long i = 0; i < 16; ++i) _mm512_store_si512(queries_ + e * ROWS + i * 32, rows[i]);
+    }
+  }
+
+  void score(long tile, const bf16* keys, long query) {
+    alignas(64) bf16 copy[ROWS * 256];
+    alignas(64) float sums[256];
+    const __mmask16 rows = rows_of(query);
+    const __m512 scaling = _mm512_set1_ps(heads_.scaling);
+    for (long at = tile * TILE; at < (tile + 1) * TILE; at += ROWS) {
+      long stride;
+      const bf16* from = sixteen(keys, at, query, copy, stride);
+      _tile_zero(0);
+      for (long e = 0; e < heads_.size; e += DEPTH) {
+        _tile_loadd(1, from + e, stride * 2);
+        _tile_loadd(2, queries_ + e * ROWS, 64);
+        _tile_dpbf16ps(0, 1, 2);
+      }
+      _tile_stored(0, sums, 64);
+      for (long i = 0; i < ROWS; ++i) {
+        const __m512i position = _mm512_set1_epi32(at + i);
+        __mmask16 sees = _mm512_cmple_epi32_mask(position, last_);
+        if (heads_.window > 0)
+          sees &= _mm512_cmpgt_epi32_mask(_mm512_add_epi32(position, _mm512_set1_epi32(heads_.window)), last_);
+        const __m512 scaled = _mm512_mul_ps(_mm512_load_ps(sums + i * 16), scaling);
+        const __m512 found = _mm512_mask_mov_ps(_mm512_set1_ps(-INFINITY), sees, scaled);
+        _mm512_mask_store_ps(scores_ + (at + i) * ROWS, rows, found);
+      }
+    }
+  }
+
+  // Weights before they are divided by their sums, which it returns.
+  __m512 exponentiate() {
+    __m512 best = _mm512_set1_ps(-INFINITY), sums = _mm512_setzero_ps();
+    for (long at = 0; at < tiles_ * TILE; ++at) best = _mm512_max_ps(best, _mm512_load_ps(scores_ + at * ROWS));
+    // Rows behind the last one see nothing.
+    best = _mm512_maskz_mov_ps(rows_of(-1), best);
+    for (long tile = 0; tile < tiles_; ++tile) {
+      __m512i pairs[16];
+      for (long i = 0; i < 16; ++i) {
+        const float* from = scores_ + (tile * TILE + 2 * i) * ROWS;
+        const __m512 one = exponential(_mm512_sub_ps(_mm512_load_ps(from), best));
+        const __m512 other = exponential(_mm512_sub_ps(_mm512_load_ps(from + ROWS), best));
+        sums = _mm512_add_ps(_mm512_add_ps(sums, one), other);
+        const __m512i low = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(one));
+        const __m512i high = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(other));
+        pairs[i] = _mm512_or_si512(low, _mm512_slli_epi32(high, 16));
+      }
+      transpose(pairs);
+      for (long r = 0; r < ROWS; ++r) _mm512_store_si512(weights_ + tile * BLOCK + r * TILE, pairs[r]);
+    }
+    return sums;
+  }
+
+  // 64 components (or the 32 that are left) of the results.
+  void gather(const bf16* values, long e, long common, __m512 sums, bf16* out, long out_stride) {
+    const long width = heads_.size - e < 64 ? heads_.size - e : 64;
+    for (int i = 0; i < 4; ++i) zero(i);
+    for (long tile = 0; tile < common; ++tile) {
+      interleave(values, tile, e, width, -1);
+      add(weights_ + tile * BLOCK, width);
+    }
+    each_tail([&](long tile, long query) {
+      // Rows of other queries add nothing.
+      alignas(64) bf16 own[BLOCK];
+      const __mmask16 rows = rows_of(query);
+      for (long r = 0; r < ROWS; ++r)
+        _mm512_store_si512(own + r * TILE, rows >> r & 1 ? _mm512_load_si512(weights_ + tile * BLOCK + r * TILE)
+                                                        : _mm512_setzero_si512());
+      interleave(values, tile, e, width, query);
+      add(own, width);
+    });
+    alignas(64) float result[4][256], total[ROWS];
+    _tile_stored(0, result[0], 64);
+    _tile_stored(1, result[1], 64);
+    _tile_stored(2, result[2], 64);
+    _tile_stored(3, result[3], 64);
+    _mm512_store_ps(total, sums);
+    for (long r = 0; r < count_; ++r) {
+      bf16* to = out + (sequence_.row + query_of(r)) * out_stride + head_of(r) * heads_.size + e;
+      for (long i = 0; i < width / 16; ++i)
+        store(to + i * 16, _mm512_div_ps(_mm512_load_ps(result[i] + r * 16), _mm512_set1_ps(total[r])));
+    }
+  }
+
+  static void zero(int tile) {
+    switch (tile) {
+      case 0: _tile_zero(0); break;
+      case 1: _tile_zero(1); break;
+      case 2: _tile_zero(2); break;
+      default: _tile_zero(3);
+    }
+  }
+
+  // The tile's values as [16 components][pair of positions][component][2].
+  void interleave(const bf16* values, long tile, long e, long width, long query) {
+    alignas(64) bf16 copy[ROWS * 256];
+    alignas(64) uint16_t low[32], high[32];
+    for (int i = 0; i < 32; ++i) {
+      low[i] = i / 2 + (i % 2) * 32;
+      high[i] = low[i] + 16;
+    }
+    const __m512i first = _mm512_load_si512(low), second = _mm512_load_si512(high);
+    for (long half = 0; half < 2; ++half) {
+      long stride;
+      const bf16* from = sixteen(values, tile * TILE + half * ROWS, query, copy, stride);
+      for (long pair = 0; pair < 8; ++pair)
+        for (long c = 0; c < width; c += 32) {
+          const __m512i one = _mm512_loadu_si512(from + 2 * pair * stride + e + c);
+          const __m512i other = _mm512_loadu_si512(from + (2 * pair + 1) * stride + e + c);
+          bf16* to = values_ + c / 16 * BLOCK + (half * 8 + pair) * 32;
+          _mm512_store_si512(to, _mm512_permutex2var_epi16(one, first, other));
+          _mm512_store_si512(to + BLOCK, _mm512_permutex2var_epi16(one, second, other));
+        }
+    }
+  }
+
+  void add(const bf16* weights, long width) {
+    _tile_loadd(4, weights, 64);
+    _tile_loadd(5, values_, 64);
+    _tile_dpbf16ps(0, 4, 5);
+    _tile_loadd(6, values_ + BLOCK, 64);
+    _tile_dpbf16ps(1, 4, 6);
+    if (width <= 32) return;
+    _tile_loadd(5, values_ + 2 * BLOCK, 64);
+    _tile_dpbf16ps(2, 4, 5);
+    _tile_loadd(6, values_ + 3 * BLOCK, 64);
+    _tile_dpbf16ps(3, 4, 6);
+  }
+
+  const Sequence& sequence_;
+  const Heads& heads_;
+  long group_, first_, count_, shared_, longest_, tiles_;
+  __m512i last_;
+  float* scores_ = nullptr;
+  bf16 *weights_ = nullptr, *queries_ = nullptr;
+  int64_t* path_ = nullptr;
+  long path_len_ = 0;
+  alignas(64) bf16 values_[4 * BLOCK];
+};
+
+// This thread's part of the attention of all sequences.
+static inline void attend(const Sequence* sequences, long count, const Heads& heads, const bf16* queries, long query_stride,
+                          const bf16* keys, const bf16* values, bf16* out, long out_stride) {
+  const long threads = omp_get_num_threads(), me = omp_get_thread_num();
+  long number = 0;
+  for (long s = 0; s < count; ++s)
+    for (long row = 0; row < sequences[s].num_queries * heads.per_group(); row += ROWS)
+      for (long group = 0; group < heads.num_groups; ++group)
+        if (number++ % threads == me)
+          Block(sequences[s], heads, group, row).run(queries, query_stride, keys, values, out, out_stride);
+}

@@ -1,0 +1,83 @@
+"""Builds the C++ kernels once per machine and loads them; says why where it cannot."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+
+_FOLDER = Path(__file__).parent
+_FLAGS = [
+    *("-std=c++17", "-O3", "-march=sapphirerapids", "-mprefer-vector-width=512", "-fopenmp", "-shared", "-fPIC"),
+    *("-fno-exceptions", "-fno-rtti"),
+]
+
+
+class NotBuilt(RuntimeError):
+    """Why there are no C++ kernels here; everything runs without them, slower."""
+
+
+@cache
+def library() -> ctypes.CDLL:
+    """The compiled kernels. They are built where they are first wanted (some seconds) and kept in the user's cache folder.
+
+    Raises NotBuilt where the CPU has no AMX, there is no C++ compiler, or SPECDEC_KERNELS=reference forbids them.
+    """
+    if os.environ.get("SPECDEC_KERNELS") == "reference":
+        raise NotBuilt("SPECDEC_KERNELS=reference")
+    if platform.system() != "Linux" or platform.machine() != "x86_64":
+        raise NotBuilt(f"they are for Linux on x86-64, not {platform.system()} on {platform.machine()}")
+    if "amx_bf16" not in Path("/proc/cpuinfo").read_text(encoding="utf-8"):
+        raise NotBuilt("this CPU has no AMX with bfloat16")
+    # torch's own OpenMP threads are already there, under the same name; a second set would fight them for the cores.
+    library = ctypes.CDLL(str(_built()))
+    if not library.specdec_can_run():
+        raise NotBuilt("the operating system does not let this process use AMX")
+    # Addresses go as plain integers, which take half the time of pointers in the call that a step makes most.
+    number = ctypes.c_int64
+    library.specdec_linear.argtypes = [number] * 5
+    library.specdec_linear.restype = None
+    return library
+
+
+def can_run() -> bool:
+    """Whether the C++ kernels run here."""
+    try:
+        library()
+    except NotBuilt:
+        return False
+    return True
+
+
+def _built() -> Path:
+    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        raise NotBuilt("there is no C++ compiler: install g++")
+    sources = sorted([*_FOLDER.glob("*.h"), *_FOLDER.glob("*.cpp")])
+    key = hashlib.sha256(" ".join([compiler, *_FLAGS]).encode())
+    for source in sources:
+        key.update(source.read_bytes())
+    own = os.environ.get("SPECDEC_CACHE")
+    base = Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "specdec"
+    folder = base / "kernels"
+    place = folder / f"amx-{key.hexdigest()[:16]}.so"
+    if not place.exists():
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            # Another process may build it at the same time: each writes a file of its own and puts it in place whole.
+            with tempfile.TemporaryDirectory(dir=folder) as own:
+                part = Path(own) / place.name
+                command = [compiler, *_FLAGS, *(str(one) for one in sources if one.suffix == ".cpp"), "-o", str(part)]
+                done = subprocess.run(command, capture_output=True, text=True, check=False)
+                if done.returncode:
+                    raise NotBuilt(f"{compiler} failed: {done.stderr.strip()[-300:]}")
+                os.replace(part, place)
+        except OSError as error:
+            raise NotBuilt(f"{folder}: {error}") from error
+    return place

@@ -1,0 +1,190 @@
+// Linear layers and whole stacks of decoder layers in bfloat16, for CPUs with AMX.
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include <cmath>
+
+#include "attention.h"
+#include "common.h"
+#include "product.h"
+
+struct Layer {
+  const bf16* norm1;
+  Weight qkv;
+  const bf16 *query_norm, *key_norm;
+  Weight out;
+  const bf16* norm2;
+  Weight gate_up, down;
+  int64_t window;
+};
+
+struct Stack {
+  int64_t num_layers, hidden_size, num_heads, num_groups, head_size;
+  float eps, scaling;
+  const Layer* layers;
+};
+
+struct Step {
+  int64_t num_tokens, num_sequences, num_threads;
+  const Sequence* sequences;
+  const int64_t *positions, *slots;
+  // Tables [position][head size].
+  const bf16 *cos, *sin;
+  // One address per layer.
+  bf16 *const *keys, *const *values;
+  // Where the hidden states behind each layer are wanted, null where not.
+  bf16* const* hidden;
+};
+
+// Llama's: float32 inside, rounded before the weight is multiplied.
+static inline void norm(const bf16* x, const bf16* weight, long size, float eps, bf16* to) {
+  __m512 squares = _mm512_setzero_ps();
+  for (long i = 0; i < size; i += 16) {
+    const __m512 part = load(x + i);
+    squares = _mm512_fmadd_ps(part, part, squares);
+  }
+  const __m512 scale = _mm512_set1_ps(1.0f / std::sqrt(_mm512_reduce_add_ps(squares) / size + eps));
+  for (long i = 0; i < size; i += 16)
+    store(to + i, _mm512_mul_ps(load(weight + i), rounded(_mm512_mul_ps(load(x + i), scale))));
+}
+
+// The halves of a head against each other.
+static inline void rotate(bf16* x, const bf16* cos, const bf16* sin, long size) {
+  const long half = size / 2;
+  for (long i = 0; i < half; i += 16) {
+    const __m512 a = load(x + i), b = load(x + half + i);
+    const __m512 minus = _mm512_sub_ps(_mm512_setzero_ps(), b);
+    store(x + i, _mm512_add_ps(rounded(_mm512_mul_ps(a, load(cos + i))), rounded(_mm512_mul_ps(minus, load(sin + i)))));
+    store(x + half + i, _mm512_add_ps(rounded(_mm512_mul_ps(b, load(cos + half + i))),
+                                      rounded(_mm512_mul_ps(a, load(sin + half + i)))));
+  }
+}
+
+static inline void norm_rows(const bf16* x, long count, const bf16* weight, const Stack& stack, bf16* to) {
+  long begin, end;
+  share(count, begin, end);
+  for (long t = begin; t < end; ++t)
+    norm(x + t * stack.hidden_size, weight, stack.hidden_size, stack.eps, to + t * stack.hidden_size);
+}
+
+// Adds to the residual stream what `weight` makes of the rows.
+static inline void project_back(const bf16* rows, long count, const Weight& weight, bf16* x, long size) {
+  product(rows, count, weight, [&](long row, long block, __m512 sums) {
+    bf16* to = x + row * size + block * 16;
+    store(to, _mm512_add_ps(load(to), rounded(sums)));
+  });
+}
+
+// Turns the new tokens' queries and keys by their positions; keys and values go to their slots.
+static inline void place(const Stack& stack, const Layer& layer, const Step& step, long number, bf16* qkv) {
+  const long size = stack.head_size, heads = stack.num_heads, groups = stack.num_groups;
+  const long width = (heads + 2 * groups) * size, each = heads + groups;
+  long begin, end;
+  share(step.num_tokens * each, begin, end);
+  for (long i = begin; i < end; ++i) {
+    const long token = i / each, head = i % each;
+    bf16* x = qkv + token * width + head * size;
+    const bf16* weight = head < heads ? layer.query_norm : layer.key_norm;
+    if (weight) norm(x, weight, size, stack.eps, x);
+    rotate(x, step.cos + step.positions[token] * size, step.sin + step.positions[token] * size, size);
+    if (head < heads) continue;
+    const long at = (step.slots[token] * groups + head - heads) * size;
+    std::memcpy(step.keys[number] + at, x, size * 2);
+    std::memcpy(step.values[number] + at, x + groups * size, size * 2);
+  }
+}
+
+static inline void run_layer(const Stack& stack, const Step& step, long number, bf16* x, bf16* normed, bf16* wide) {
+  const Layer& layer = stack.layers[number];
+  const long count = step.num_tokens, size = stack.hidden_size;
+  const long attended = stack.num_heads * stack.head_size, width = attended + 2 * stack.num_groups * stack.head_size;
+  norm_rows(x, count, layer.norm1, stack, normed);
+#pragma omp barrier
+  product(normed, count, layer.qkv,
+          [&](long row, long block, __m512 sums) { store(wide + row * width + block * 16, sums); });
+#pragma omp barrier
+  place(stack, layer, step, number, wide);
+#pragma omp barrier
+  const Heads heads{stack.num_heads, stack.num_groups, stack.head_size, stack.scaling, layer.window};
+  attend(step.sequences, step.num_sequences, heads, wide, width, step.keys[number], step.values[number], normed, attended);
+#pragma omp barrier
+  project_back(normed, count, layer.out, x, size);
+#pragma omp barrier
+  norm_rows(x, count, layer.norm2, stack, normed);
+#pragma omp barrier
+  const long inner = layer.down.inputs;
+  product_of_halves(normed, count, layer.gate_up, [&](long row, long block, __m512 gate, __m512 up) {
+    gate = rounded(gate);
+    const __m512 one = _mm512_set1_ps(1.0f);
+    const __m512 silu = _mm512_div_ps(gate, _mm512_add_ps(one, exponential(_mm512_sub_ps(_mm512_setzero_ps(), gate))));
+    store(wide + row * inner + block * 16, _mm512_mul_ps(rounded(silu), rounded(up)));
+  });
+#pragma omp barrier
+  project_back(wide, count, layer.down, x, size);
+#pragma omp barrier
+  if (step.hidden[number]) {
+    long begin, end;
+    share(count, begin, end);
+    std::memcpy(step.hidden[number] + begin * size, x + begin * size, (end - begin) * size * 2);
+  }
+}
+
+extern "C" {
+
+// 1 where this CPU and kernel let the process use tiles.
+int specdec_can_run() {
+  constexpr int ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18;
+  __builtin_cpu_init();
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512bf16") &&
+         syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0;
+}
+
+// Numbers of room that `specdec_run` wants for the normed rows and for the wide ones.
+void specdec_room(const Stack* stack, int64_t num_tokens, int64_t* normed, int64_t* wide) {
+  const long rows = (num_tokens + 2 * ROWS - 1) / (2 * ROWS) * 2 * ROWS;
+  const long attended = stack->num_heads * stack->head_size;
+  const long qkv = attended + 2 * stack->num_groups * stack->head_size;
+  const long inner = stack->layers[0].down.inputs;
+  *normed = rows * (attended > stack->hidden_size ? attended : stack->hidden_size);
+  *wide = rows * (qkv > inner ? qkv : inner);
+}
+
+// The rows `x` through all layers, in place; the cache holds their keys and values afterwards.
+void specdec_run(const Stack* stack, const Step* step, bf16* x, bf16* normed, bf16* wide) {
+#pragma omp parallel num_threads(step->num_threads)
+  {
+    Tiles tiles;
+    for (long layer = 0; layer < stack->num_layers; ++layer) run_layer(*stack, *step, layer, x, normed, wide);
+  }
+}
+
+// to[i] = norm(x[rows[i]]); `rows` null: all of them.
+void specdec_norm(const bf16* x, const int64_t* rows, int64_t count, const bf16* weight, int64_t size, float eps, bf16* to) {
+  for (long i = 0; i < count; ++i) norm(x + (rows ? rows[i] : i) * size, weight, size, eps, to + i * size);
+}
+
+// rows [count, inputs] x weight to [count, outputs].
+void specdec_linear(const bf16* rows, int64_t count, const Weight* weight, bf16* to, int64_t num_threads) {
+  const long outputs = weight->outputs, inputs = weight->inputs;
+#pragma omp parallel num_threads(num_threads)
+  {
+    Tiles tiles;
+    const bf16* whole = rows;
+    if (count % ROWS) {
+      // Tiles read 16 rows, so there must be memory behind the last.
+      static thread_local Scratch copy;
+      bf16* copied = (bf16*)copy.get((count + ROWS) * inputs * sizeof(bf16));
+      std::memcpy(copied, rows, count * inputs * sizeof(bf16));
+      whole = copied;
+    }
+    product(whole, count, *weight, [&](long row, long block, __m512 sums) {
+      bf16* at = to + row * outputs + block * 16;
+      const long left = outputs - block * 16;
+      if (left >= 16)
+        store(at, sums);
+      else
+        _mm256_mask_storeu_epi16(at, (1 << left) - 1, (__m256i)_mm512_cvtneps_pbh(sums));
+    });
+  }
+}
+}

@@ -1,0 +1,237 @@
+"""A stack of decoder layers over pages in one call: norm, attention, norm, gated linear unit, as Llama has them."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from specdec.kernels.amx.build import library
+from specdec.kernels.amx.weight import AmxWeight, WeightStruct
+from specdec.kernels.tree_attention import AttentionPlan, SequencePlan
+
+# Products read rows in pairs of tiles of 16.
+_ROWS = 32
+
+
+@dataclass(frozen=True)
+class StackShape:
+    """Sizes that all layers share. `scaling` multiplies scores, `eps` is that of the norms."""
+
+    hidden_size: int
+    num_heads: int
+    num_groups: int
+    head_size: int
+    eps: float
+    scaling: float
+
+
+@dataclass(frozen=True)
+class DecoderLayer:
+    """Weights of a layer: queries, keys and values in one, gate and up in one; norms of the heads where it has them.
+
+    `window` counts the positions a token sees, its own included; None: all.
+    """
+
+    norm1_D: Tensor
+    qkv: AmxWeight
+    out: AmxWeight
+    norm2_D: Tensor
+    gate_up: AmxWeight
+    down: AmxWeight
+    query_norm_E: Tensor | None = None
+    key_norm_E: Tensor | None = None
+    window: int | None = None
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = (
+        ("norm1", ctypes.c_void_p),
+        ("qkv", WeightStruct),
+        ("query_norm", ctypes.c_void_p),
+        ("key_norm", ctypes.c_void_p),
+        ("out", WeightStruct),
+        ("norm2", ctypes.c_void_p),
+        ("gate_up", WeightStruct),
+        ("down", WeightStruct),
+        ("window", ctypes.c_int64),
+    )
+
+
+class _Stack(ctypes.Structure):
+    _fields_ = (
+        ("num_layers", ctypes.c_int64),
+        ("hidden_size", ctypes.c_int64),
+        ("num_heads", ctypes.c_int64),
+        ("num_groups", ctypes.c_int64),
+        ("head_size", ctypes.c_int64),
+        ("eps", ctypes.c_float),
+        ("scaling", ctypes.c_float),
+        ("layers", ctypes.c_void_p),
+    )
+
+
+class _Sequence(ctypes.Structure):
+    _fields_ = (
+        ("row", ctypes.c_int64),
+        ("num_queries", ctypes.c_int64),
+        ("visible_len", ctypes.c_int64),
+        ("num_keys", ctypes.c_int64),
+        ("slots", ctypes.c_void_p),
+        ("first_slot", ctypes.c_int64),
+        ("tail_mask", ctypes.c_void_p),
+    )
+
+
+class _Step(ctypes.Structure):
+    _fields_ = (
+        ("num_tokens", ctypes.c_int64),
+        ("num_sequences", ctypes.c_int64),
+        ("num_threads", ctypes.c_int64),
+        ("sequences", ctypes.c_void_p),
+        ("positions", ctypes.c_void_p),
+        ("slots", ctypes.c_void_p),
+        ("cos", ctypes.c_void_p),
+        ("sin", ctypes.c_void_p),
+        ("keys", ctypes.c_void_p),
+        ("values", ctypes.c_void_p),
+        ("hidden", ctypes.c_void_p),
+    )
+
+
+class DecoderStack:
+    """Decoder layers that run in one call. Every token's bits depend on its own path alone, whatever is beside it.
+
+    Raises ValueError for shapes that the kernels do not do.
+    """
+
+    def __init__(self, shape: StackShape, layers: Seq[DecoderLayer]) -> None:
+        if shape.hidden_size % 32 or shape.head_size % 32 or shape.head_size > 256:
+            raise ValueError(
+                f"hidden size {shape.hidden_size} and head size {shape.head_size} must be multiples of 32, and a head at most "
+                f"256 wide"
+            )
+        if any(layer.down.inputs % 16 for layer in layers):
+            raise ValueError(f"intermediate size {layers[0].down.inputs} must be a multiple of 16")
+        self.shape, self.layers = shape, tuple(layers)
+        self._layers = (_Layer * len(layers))(*(_layer(layer) for layer in layers))
+        self._stack = _Stack(
+            len(layers),
+            shape.hidden_size,
+            shape.num_heads,
+            shape.num_groups,
+            shape.head_size,
+            shape.eps,
+            shape.scaling,
+            ctypes.addressof(self._layers),
+        )
+        self._rooms: tuple[Tensor, Tensor] = (torch.empty(0), torch.empty(0))
+
+    def run(
+        self,
+        hidden_TD: Tensor,
+        positions_T: Tensor,
+        plan: AttentionPlan,
+        cos_PE: Tensor,
+        sin_PE: Tensor,
+        keys: Seq[int],
+        values: Seq[int],
+        wanted: Seq[int] = (),
+    ) -> tuple[Tensor, dict[int, Tensor]]:
+        """The states [T, D] behind the last layer, and those behind each of the layers `wanted`, counted from 0.
+
+        `cos_PE` and `sin_PE` hold every position that occurs; `keys` and `values` are the addresses of each layer's cache,
+        which holds the new tokens' afterwards.
+        """
+        count, size = hidden_TD.shape
+        rows_TD = hidden_TD.new_empty(-(-count // _ROWS) * _ROWS, size)
+        rows_TD[:count] = hidden_TD
+        sequences, kept = (_Sequence * len(plan.sequences))(), [positions_T.contiguous(), plan.slots_T.contiguous()]
+        for place, part in zip(sequences, plan.sequences, strict=True):
+            kept += _fill(place, part)
+        found = {layer: hidden_TD.new_empty(count, size) for layer in wanted}
+        addresses = ctypes.c_void_p * len(self.layers)
+        hidden = addresses(*(found[i].data_ptr() if i in found else None for i in range(len(self.layers))))
+        each_keys, each_values = addresses(*keys), addresses(*values)
+        step = _Step(
+            count,
+            len(sequences),
+            torch.get_num_threads(),
+            ctypes.addressof(sequences),
+            kept[0].data_ptr(),
+            kept[1].data_ptr(),
+            cos_PE.data_ptr(),
+            sin_PE.data_ptr(),
+            ctypes.addressof(each_keys),
+            ctypes.addressof(each_values),
+            ctypes.addressof(hidden),
+        )
+        normed, wide = self._room(count)
+        library().specdec_run(
+            ctypes.byref(self._stack),
+            ctypes.byref(step),
+            ctypes.c_void_p(rows_TD.data_ptr()),
+            ctypes.c_void_p(normed.data_ptr()),
+            ctypes.c_void_p(wide.data_ptr()),
+        )
+        return rows_TD[:count], found
+
+    def _room(self, count: int) -> tuple[Tensor, Tensor]:
+        normed, wide = ctypes.c_int64(), ctypes.c_int64()
+        library().specdec_room(ctypes.byref(self._stack), count, ctypes.byref(normed), ctypes.byref(wide))
+        if self._rooms[0].numel() < normed.value or self._rooms[1].numel() < wide.value:
+            self._rooms = (
+                torch.empty(normed.value, dtype=torch.bfloat16),
+                torch.empty(wide.value, dtype=torch.bfloat16),
+            )
+        return self._rooms
+
+
+def norm(hidden_TD: Tensor, rows_R: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    """Root mean square norm [R, D] of some rows, as the stack computes it."""
+    out = hidden_TD.new_empty(len(rows_R), hidden_TD.shape[1])
+    rows_R = rows_R.contiguous()
+    library().specdec_norm(
+        ctypes.c_void_p(hidden_TD.data_ptr()),
+        ctypes.c_void_p(rows_R.data_ptr()),
+        len(rows_R),
+        ctypes.c_void_p(weight_D.data_ptr()),
+        hidden_TD.shape[1],
+        ctypes.c_float(eps),
+        ctypes.c_void_p(out.data_ptr()),
+    )
+    return out
+
+
+def _layer(layer: DecoderLayer) -> _Layer:
+    return _Layer(
+        layer.norm1_D.data_ptr(),
+        layer.qkv.struct,
+        None if layer.query_norm_E is None else layer.query_norm_E.data_ptr(),
+        None if layer.key_norm_E is None else layer.key_norm_E.data_ptr(),
+        layer.out.struct,
+        layer.norm2_D.data_ptr(),
+        layer.gate_up.struct,
+        layer.down.struct,
+        layer.window or 0,
+    )
+
+
+def _fill(place: _Sequence, part: SequencePlan) -> list[Tensor]:
+    """Describes a sequence; returns the tensors that must live as long as the description."""
+    mask, slots = part.tail_mask_QM, part.slots
+    kept = []
+    if mask is not None:
+        mask = mask.contiguous()
+        kept.append(mask)
+    if slots is not None:
+        slots = slots.contiguous()
+        kept.append(slots)
+    place.row, place.num_queries = part.row, part.num_queries
+    place.visible_len, place.num_keys = part.visible_len, part.num_keys
+    place.slots, place.first_slot = (None if slots is None else slots.data_ptr()), part.first_slot or 0
+    place.tail_mask = None if mask is None else mask.data_ptr()
+    return kept

@@ -1,0 +1,71 @@
+"""A linear layer's weight as the tiles of AMX read it."""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from specdec.kernels.amx.build import can_run, library
+
+OUTPUTS, INPUTS = 16, 32
+
+
+class WeightStruct(ctypes.Structure):
+    """`Weight` of product.h."""
+
+    _fields_ = (
+        ("blocks", ctypes.c_void_p),
+        ("bias", ctypes.c_void_p),
+        ("inputs", ctypes.c_long),
+        ("outputs", ctypes.c_long),
+    )
+
+
+class AmxWeight:
+    """A weight [outputs, inputs] as blocks of 16 outputs and 32 inputs, a block's pairs of inputs behind one another.
+
+    `room` is where the blocks go, `room_for` numbers of bfloat16. A row of a product has the same bits whatever rows are
+    beside it: each sum runs over the inputs in one order.
+    """
+
+    def __init__(self, weight_OI: Tensor, bias_O: Tensor | None, room: Tensor) -> None:
+        self.outputs, self.inputs = weight_OI.shape
+        padded = -(-self.outputs // OUTPUTS) * OUTPUTS
+        weight_OI = pad(weight_OI.detach(), (0, 0, 0, padded - self.outputs))
+        self._blocks = room.view(padded // OUTPUTS, self.inputs // INPUTS, INPUTS // 2, OUTPUTS, 2)
+        self._blocks.copy_(weight_OI.view(-1, OUTPUTS, self.inputs // INPUTS, INPUTS // 2, 2).permute(0, 2, 3, 1, 4))
+        self._bias_O = None if bias_O is None else pad(bias_O.detach(), (0, padded - self.outputs)).contiguous()
+        self.struct = WeightStruct(
+            self._blocks.data_ptr(),
+            None if self._bias_O is None else self._bias_O.data_ptr(),
+            self.inputs,
+            self.outputs,
+        )
+        self._run, self._address = library().specdec_linear, ctypes.addressof(self.struct)
+
+    @staticmethod
+    def can_hold(inputs: int) -> bool:
+        """Whether rows of so many numbers can be multiplied here."""
+        return inputs % INPUTS == 0 and can_run()
+
+    @staticmethod
+    def room_for(outputs: int, inputs: int) -> int:
+        return -(-outputs // OUTPUTS) * OUTPUTS * inputs
+
+    def multiply(self, input: Tensor) -> Tensor:
+        input = input.contiguous()
+        out = input.new_empty(*input.shape[:-1], self.outputs)
+        # Addresses as plain integers: two conversions less in the call that a step makes most.
+        self._run(
+            input.data_ptr(), input.numel() // self.inputs, self._address, out.data_ptr(), torch.get_num_threads()
+        )
+        return out
+
+    def plain(self) -> Tensor:
+        return self._blocks.permute(0, 3, 1, 2, 4).reshape(-1, self.inputs)[: self.outputs].clone()
+
+    def set_invariant(self, is_invariant: bool) -> None:
+        """Changes nothing: it always is."""

@@ -1,0 +1,45 @@
+"""Packed weights: which layout serves here, and what it can do."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from specdec.kernels.amx import AmxWeight
+from specdec.kernels.linear.arena import Arena
+from specdec.kernels.linear.onednn import OneDnnWeight
+
+
+class PackedWeight(Protocol):
+    """A weight [outputs, inputs] and its bias in a layout of their own."""
+
+    def multiply(self, input: Tensor) -> Tensor:
+        """[..., inputs] to [..., outputs], as `torch.nn.functional.linear`."""
+        ...
+
+    def plain(self) -> Tensor:
+        """The weight [outputs, inputs], unpacked: a copy."""
+        ...
+
+    def set_invariant(self, is_invariant: bool) -> None:
+        """Whether a row of the input gets the same bits whatever rows are beside it."""
+        ...
+
+
+def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether packing pays here: bfloat16 on a CPU whose oneDNN multiplies it natively."""
+    return device.type == "cpu" and dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def room_for(outputs: int, inputs: int) -> int:
+    """Numbers that `pack` takes of the arena for a weight of this shape."""
+    return AmxWeight.room_for(outputs, inputs) if AmxWeight.can_hold(inputs) else 0
+
+
+def pack(weight_OI: Tensor, bias_O: Tensor | None, arena: Arena) -> PackedWeight:
+    """Our own tiles where the CPU has AMX and the shape fits, else oneDNN's layout."""
+    if AmxWeight.can_hold(weight_OI.shape[1]):
+        return AmxWeight(weight_OI, bias_O, arena.take(room_for(*weight_OI.shape)))
+    return OneDnnWeight(weight_OI, bias_O)
