@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from specdec.decoder import NotServed
 from specdec.drafters.heads.eagle import EagleHead
 from specdec.drafters.heads.frequencies import FrequentTokens, frequent_tokens
+from specdec.drafters.heads.fused import FusedEagle
 from specdec.drafters.heads.source import HeadSource, resolve
 from specdec.drafters.levels import LevelRound, Span
 from specdec.drafters.network import NetworkDrafter, NextLogits, fitted
@@ -18,6 +21,7 @@ from specdec.interfaces import Commit
 from specdec.kernels.tree_attention import tree_attention
 from specdec.kv_cache import KVCache, LayerShape
 from specdec.model import PagedModel, Segment, plan_attention
+from specdec.packing import can_pack
 from specdec.pages import PagePool
 from specdec.sequence import Sequence
 
@@ -67,6 +71,10 @@ class EagleDrafter(NetworkDrafter):
         found = drafting(self.head, target, self._tokens)
         self._served = fitted(found.head, target, _run_once)
         self._lm_head, self._ids_R = found.lm_head, found.ids_R
+        self._fused: FusedEagle | None = None
+        if can_pack(target.device, target.dtype):
+            with suppress(NotServed):
+                self._fused = FusedEagle(self._served)
         self.vocab_size, self.device = target.vocab_size, target.device
         self._target = target
         if self._cache is not None:
@@ -111,6 +119,8 @@ class EagleDrafter(NetworkDrafter):
         tokens_T = torch.cat([segment.token_ids_Q for segment in segments])
         positions_T = torch.cat([segment.positions_Q for segment in segments])
         embed = self._target.embed if self._served.embed_tokens is None else self._served.embed_tokens
+        if self._fused is not None:
+            return self._fused.run(embed(tokens_T), features_TD, positions_T, plan, cache)
         return self._served(embed(tokens_T), features_TD, positions_T, attend)
 
     @torch.inference_mode()

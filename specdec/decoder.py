@@ -82,7 +82,7 @@ class FastDecoder:
         if 0 in hidden_layers:
             hidden[0] = embedded_TD
         if last in hidden_layers:
-            hidden[last] = norm(out_TD, torch.arange(len(out_TD)), self._norm.weight, self._eps)
+            hidden[last] = norm(out_TD, None, self._norm.weight, self._eps)
         return ForwardResult(self._lm_head(normed_RD), hidden)
 
     def _reach(self, num_positions: int) -> None:
@@ -105,22 +105,22 @@ def _require_plain(config: Any) -> None:
 
 def _layer(layer: Any, window: int | None) -> DecoderLayer:
     attention, mlp = layer.self_attn, layer.mlp
-    qkv = _weight(attention.q_proj, attention.k_proj, attention.v_proj)
+    qkv = joined_weight(attention.q_proj, attention.k_proj, attention.v_proj)
     return DecoderLayer(
         layer.input_layernorm.weight,
         qkv,
-        _weight(attention.o_proj),
+        joined_weight(attention.o_proj),
         layer.post_attention_layernorm.weight,
-        _weight(mlp.gate_proj, mlp.up_proj),
-        _weight(mlp.down_proj),
+        joined_weight(mlp.gate_proj, mlp.up_proj),
+        joined_weight(mlp.down_proj),
         attention.q_norm.weight if hasattr(attention, "q_norm") else None,
         attention.k_norm.weight if hasattr(attention, "k_norm") else None,
         window,
     )
 
 
-def _weight(*linears: Any) -> AmxWeight:
-    """The weight that these layers share, in this order."""
+def joined_weight(*linears: Any) -> AmxWeight:
+    """The weight that these packed layers share, in this order. Raises NotServed where they do not."""
     first = linears[0]
     if not all(isinstance(one, PackedLinear) and one.product is first.product for one in linears):
         raise NotServed("its linear layers are not packed together")

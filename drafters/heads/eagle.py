@@ -128,6 +128,10 @@ class EagleHead(nn.Module):
         fused_TD = self.fc(torch.cat([embeddings_TD, features_TD], -1))
         return self.layers[0](None, fused_TD, rotation, attend)
 
+    def rotation_table(self, num_positions: int, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines [positions, E] of at least so many positions, unsigned."""
+        return self._rotary.table(num_positions, like)
+
     def logits(self, hidden_TD: Tensor, lm_head: Callable[[Tensor], Tensor] | None = None) -> Tensor:
         """Logits [T, R] over the draft vocabulary; `lm_head`, the target's, is used where the head has none of its own."""
         if self.config.version == 3:
@@ -202,6 +206,7 @@ class _Rotary:
         )
         self._max_positions = config.max_positions
         self._table: tuple[Tensor, Tensor] | None = None
+        self._unsigned: tuple[Tensor, Tensor] | None = None
 
     @cached_property
     def _angles(self) -> LlamaRotaryEmbedding:
@@ -217,6 +222,15 @@ class _Rotary:
                 self._table = self._compute(torch.arange(self._max_positions, device=like.device), like)
         cos, sin = self._table
         return cos[positions_T], sin[positions_T]
+
+    def table(self, num_positions: int, like: Tensor) -> tuple[Tensor, Tensor]:
+        """The same for positions 0.. up to at least `num_positions` - 1, without the signs: [positions, E]."""
+        found = self._unsigned
+        if found is None or len(found[0]) < num_positions or found[0].dtype != like.dtype:
+            positions = torch.arange(-(-num_positions // 2048) * 2048, device=like.device)
+            cos, sin = self._angles(like, positions[None])
+            self._unsigned = found = cos[0].contiguous(), sin[0].contiguous()
+        return found
 
     def _compute(self, positions_T: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         cos, sin = self._angles(like, positions_T[None])

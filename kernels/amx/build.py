@@ -40,9 +40,13 @@ def library() -> ctypes.CDLL:
     if not library.specdec_can_run():
         raise NotBuilt("the operating system does not let this process use AMX")
     # Addresses go as plain integers, which take half the time of pointers in the call that a step makes most.
-    number = ctypes.c_int64
+    number, real = ctypes.c_int64, ctypes.c_float
     library.specdec_linear.argtypes = [number] * 5
-    library.specdec_linear.restype = None
+    library.specdec_run.argtypes = [number] * 5
+    library.specdec_room.argtypes = [number] * 4
+    library.specdec_norm.argtypes = [number, number, number, number, number, real, number, number]
+    for function in (library.specdec_linear, library.specdec_run, library.specdec_room, library.specdec_norm):
+        function.restype = None
     return library
 
 

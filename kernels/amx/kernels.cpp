@@ -34,6 +34,8 @@ struct Step {
   bf16 *const *keys, *const *values;
   // Where the hidden states behind each layer are wanted, null where not.
   bf16* const* hidden;
+  // What the first layer's queries, keys and values are made of, up to a multiple of 32 rows; null: its normed input.
+  const bf16* read;
 };
 
 // Llama's: float32 inside, rounded before the weight is multiplied.
@@ -98,9 +100,10 @@ static inline void run_layer(const Stack& stack, const Step& step, long number, 
   const Layer& layer = stack.layers[number];
   const long count = step.num_tokens, size = stack.hidden_size;
   const long attended = stack.num_heads * stack.head_size, width = attended + 2 * stack.num_groups * stack.head_size;
-  norm_rows(x, count, layer.norm1, stack, normed);
+  const bf16* read = number == 0 && step.read ? step.read : normed;
+  if (read == normed) norm_rows(x, count, layer.norm1, stack, normed);
 #pragma omp barrier
-  product(normed, count, layer.qkv,
+  product(read, count, layer.qkv,
           [&](long row, long block, __m512 sums) { store(wide + row * width + block * 16, sums); });
 #pragma omp barrier
   place(stack, layer, step, number, wide);
@@ -158,9 +161,10 @@ void specdec_run(const Stack* stack, const Step* step, bf16* x, bf16* normed, bf
   }
 }
 
-// to[i] = norm(x[rows[i]]); `rows` null: all of them.
-void specdec_norm(const bf16* x, const int64_t* rows, int64_t count, const bf16* weight, int64_t size, float eps, bf16* to) {
-  for (long i = 0; i < count; ++i) norm(x + (rows ? rows[i] : i) * size, weight, size, eps, to + i * size);
+// norm(x[rows[i]]) to row i of `to`, which are `stride` apart; `rows` null: all of them.
+void specdec_norm(const bf16* x, const int64_t* rows, int64_t count, const bf16* weight, int64_t size, float eps, bf16* to,
+                  int64_t stride) {
+  for (long i = 0; i < count; ++i) norm(x + (rows ? rows[i] : i) * size, weight, size, eps, to + i * stride);
 }
 
 // rows [count, inputs] x weight to [count, outputs].

@@ -33,10 +33,12 @@ class StackShape:
 class DecoderLayer:
     """Weights of a layer: queries, keys and values in one, gate and up in one; norms of the heads where it has them.
 
+    `norm1_D` is None where what the layer reads comes from outside.
+
     `window` counts the positions a token sees, its own included; None: all.
     """
 
-    norm1_D: Tensor
+    norm1_D: Tensor | None
     qkv: AmxWeight
     out: AmxWeight
     norm2_D: Tensor
@@ -99,6 +101,7 @@ class _Step(ctypes.Structure):
         ("keys", ctypes.c_void_p),
         ("values", ctypes.c_void_p),
         ("hidden", ctypes.c_void_p),
+        ("read", ctypes.c_void_p),
     )
 
 
@@ -140,14 +143,16 @@ class DecoderStack:
         keys: Seq[int],
         values: Seq[int],
         wanted: Seq[int] = (),
+        read_TX: Tensor | None = None,
     ) -> tuple[Tensor, dict[int, Tensor]]:
         """The states [T, D] behind the last layer, and those behind each of the layers `wanted`, counted from 0.
 
         `cos_PE` and `sin_PE` hold every position that occurs; `keys` and `values` are the addresses of each layer's cache,
-        which holds the new tokens' afterwards.
+        which holds the new tokens' afterwards. `read_TX`, from `padded_rows`, is what the first layer's queries, keys and
+        values are made of where that is not its normed input; `hidden_TD` is then only what the layer adds to.
         """
         count, size = hidden_TD.shape
-        rows_TD = hidden_TD.new_empty(-(-count // _ROWS) * _ROWS, size)
+        rows_TD = padded_rows(count, size)
         rows_TD[:count] = hidden_TD
         sequences, kept = (_Sequence * len(plan.sequences))(), [positions_T.contiguous(), plan.slots_T.contiguous()]
         for place, part in zip(sequences, plan.sequences, strict=True):
@@ -168,20 +173,21 @@ class DecoderStack:
             ctypes.addressof(each_keys),
             ctypes.addressof(each_values),
             ctypes.addressof(hidden),
+            None if read_TX is None else read_TX.data_ptr(),
         )
         normed, wide = self._room(count)
         library().specdec_run(
-            ctypes.byref(self._stack),
-            ctypes.byref(step),
-            ctypes.c_void_p(rows_TD.data_ptr()),
-            ctypes.c_void_p(normed.data_ptr()),
-            ctypes.c_void_p(wide.data_ptr()),
+            ctypes.addressof(self._stack),
+            ctypes.addressof(step),
+            rows_TD.data_ptr(),
+            normed.data_ptr(),
+            wide.data_ptr(),
         )
         return rows_TD[:count], found
 
     def _room(self, count: int) -> tuple[Tensor, Tensor]:
         normed, wide = ctypes.c_int64(), ctypes.c_int64()
-        library().specdec_room(ctypes.byref(self._stack), count, ctypes.byref(normed), ctypes.byref(wide))
+        library().specdec_room(ctypes.addressof(self._stack), count, ctypes.addressof(normed), ctypes.addressof(wide))
         if self._rooms[0].numel() < normed.value or self._rooms[1].numel() < wide.value:
             self._rooms = (
                 torch.empty(normed.value, dtype=torch.bfloat16),
@@ -190,25 +196,35 @@ class DecoderStack:
         return self._rooms
 
 
-def norm(hidden_TD: Tensor, rows_R: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-    """Root mean square norm [R, D] of some rows, as the stack computes it."""
-    out = hidden_TD.new_empty(len(rows_R), hidden_TD.shape[1])
-    rows_R = rows_R.contiguous()
+def padded_rows(count: int, size: int) -> Tensor:
+    """Room for `count` rows, with memory behind them that products may read."""
+    return torch.empty(-(-count // _ROWS) * _ROWS, size, dtype=torch.bfloat16)
+
+
+def norm(
+    hidden_TD: Tensor, rows_R: Tensor | None, weight_D: Tensor, eps: float, out_RD: Tensor | None = None
+) -> Tensor:
+    """Root mean square norm [R, D] of some rows (None: all), as the stack computes it; `out_RD` may be a part of wider rows."""
+    hidden_TD = hidden_TD.contiguous()
+    count = len(hidden_TD) if rows_R is None else len(rows_R)
+    out_RD = hidden_TD.new_empty(count, hidden_TD.shape[1]) if out_RD is None else out_RD
+    rows_R = None if rows_R is None else rows_R.contiguous()
     library().specdec_norm(
-        ctypes.c_void_p(hidden_TD.data_ptr()),
-        ctypes.c_void_p(rows_R.data_ptr()),
-        len(rows_R),
-        ctypes.c_void_p(weight_D.data_ptr()),
+        hidden_TD.data_ptr(),
+        0 if rows_R is None else rows_R.data_ptr(),
+        count,
+        weight_D.data_ptr(),
         hidden_TD.shape[1],
-        ctypes.c_float(eps),
-        ctypes.c_void_p(out.data_ptr()),
+        eps,
+        out_RD.data_ptr(),
+        out_RD.stride(0),
     )
-    return out
+    return out_RD
 
 
 def _layer(layer: DecoderLayer) -> _Layer:
     return _Layer(
-        layer.norm1_D.data_ptr(),
+        None if layer.norm1_D is None else layer.norm1_D.data_ptr(),
         layer.qkv.struct,
         None if layer.query_norm_E is None else layer.query_norm_E.data_ptr(),
         None if layer.key_norm_E is None else layer.key_norm_E.data_ptr(),

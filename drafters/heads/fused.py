@@ -1,0 +1,64 @@
+"""The quick way through an EAGLE head on the CPU: its layer in one call."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from specdec.decoder import NotServed, joined_weight
+from specdec.drafters.heads.eagle import EagleHead
+from specdec.kernels.amx import DecoderLayer, DecoderStack, StackShape, can_run, norm, padded_rows
+from specdec.kernels.tree_attention import AttentionPlan
+from specdec.kv_cache import KVCache
+
+
+class FusedEagle:
+    """The layer of a packed head over pages, rounded as the head itself rounds.
+
+    Raises NotServed where head or CPU are not such that the kernels do it.
+    """
+
+    def __init__(self, head: EagleHead) -> None:
+        if not can_run():
+            raise NotServed("this machine has no C++ kernels")
+        config = head.config
+        self._head, self._eps = head, config.rms_norm_eps
+        layer: Any = head.midlayer if config.version == 3 else head.layers[0]
+        attention, mlp = layer.self_attn, layer.mlp
+        self._layer = layer
+        weights = DecoderLayer(
+            None,
+            joined_weight(attention.q_proj, attention.k_proj, attention.v_proj),
+            joined_weight(attention.o_proj),
+            layer.post_attention_layernorm.weight,
+            joined_weight(mlp.gate_proj, mlp.up_proj),
+            joined_weight(mlp.down_proj),
+        )
+        size = config.head_size
+        shape = StackShape(config.hidden_size, config.num_heads, config.num_kv_heads, size, self._eps, size**-0.5)
+        try:
+            self._stack = DecoderStack(shape, [weights])
+        except ValueError as error:
+            raise NotServed(str(error)) from error
+
+    def run(
+        self, embeddings_TD: Tensor, features_TD: Tensor, positions_T: Tensor, plan: AttentionPlan, cache: KVCache
+    ) -> Tensor:
+        """See `EagleHead.forward`; the layer's keys and values are in the cache afterwards."""
+        count, size = embeddings_TD.shape
+        cos_PE, sin_PE = self._head.rotation_table(int(positions_T.max()) + 1, features_TD)
+        if self._head.config.version == 3:
+            # Both normed, side by side.
+            read_TX, residual_TD = padded_rows(count, 2 * size), features_TD
+            norm(embeddings_TD, None, self._layer.input_layernorm.weight, self._eps, read_TX[:, :size])
+            normed = norm(features_TD, None, self._layer.hidden_norm.weight, self._eps, read_TX[:, size:])
+            if self._head.config.norm_before_residual:
+                residual_TD = normed[:count]
+        else:
+            read_TX = padded_rows(count, size)
+            residual_TD = self._head.fc(torch.cat([embeddings_TD, features_TD], -1))
+            read_TX[:count] = residual_TD
+        keys, values = cache.addresses()
+        return self._stack.run(residual_TD, positions_T, plan, cos_PE, sin_PE, keys, values, read_TX=read_TX)[0]
