@@ -173,6 +173,8 @@ class TopK(FixedPolicy):
         parents_BC, expanded_BC = (torch.full_like(tokens_BC, -1) for _ in range(2))
         first = 0
         for depth in range(1, depths):
+            if self._is_complete(scores_BC, first):
+                break
             width = min(self.k, tokens_BC.shape[1] - first)
             frontier = scores_BC[:, first:].topk(width).indices + first
             own = torch.arange(width, device=device).expand(batch, -1) + 1 + (depth - 1) * self.k
@@ -189,6 +191,18 @@ class TopK(FixedPolicy):
             parents_BC = torch.cat([parents_BC, frontier.repeat_interleave(best_BWk.shape[2], 1)], 1)
             expanded_BC = torch.cat([expanded_BC, torch.full_like(expanded_BC[:, :1], -1).expand_as(scores)], 1)
         return self._keep_best(draft, tokens_BC, scores_BC, parents_BC, expanded_BC)
+
+    def _is_complete(self, scores_BC: Tensor, first: int) -> bool:
+        """Whether no node below the last level, which begins at `first`, can be among those that are kept.
+
+        A path is never likelier than its beginning, so the tree stays what it is. Asked on the CPU alone: elsewhere the
+        answer costs a wait for the device.
+        """
+        kept = self.max_nodes - 1
+        if scores_BC.device.type != "cpu" or scores_BC.shape[1] < kept:
+            return False
+        least_B = scores_BC.topk(kept).values[:, -1]
+        return bool((scores_BC[:, first:].amax(1) <= least_B).all())
 
     def _keep_best(self, draft: DraftRound, tokens: Tensor, scores: Tensor, parents: Tensor, expanded: Tensor) -> Grown:
         # A parent scores at least its child and stands before it, so a stable sort keeps parents with their children.

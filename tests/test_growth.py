@@ -136,6 +136,11 @@ def test_top_k_with_ties_is_one_of_the_best_trees(steps: int, seed: int) -> None
             level: dict[Path, float] = {(): 0.0}
             for d in range(min(depth, limit)):
                 expanded = {path: value for path, value in level.items() if (d, world.walk(path)) in run}
+                if not expanded:
+                    # Left out, for nothing below can be among the best.
+                    kept = best(score.values(), total - 1)
+                    assert len(kept) == total - 1 and max(level.values()) <= kept[-1]
+                    break
                 assert best(expanded.values(), k) == best(level.values(), k)
                 level = {
                     (*path, token): value + logprob
@@ -145,6 +150,13 @@ def test_top_k_with_ties_is_one_of_the_best_trees(steps: int, seed: int) -> None
                 score |= level
             kept = token_paths(grown.tree, row)[1:]
             assert sorted((score[path] for path in kept), reverse=True) == best(score.values(), total - 1)
+
+
+def test_levels_that_cannot_be_kept_are_not_run() -> None:
+    world = scored_world(3, 5, 0)
+    flat = replace(world, draft_KCV=torch.full_like(world.draft_KCV, 1 / 3))
+    grown, draft = grow(TopK(total=3, depth=5, k=2), flat, [5])
+    assert max(draft.depths_X) == 0 and grown.tree.num_nodes_B.tolist() == [3]
 
 
 def best(scores: Seq[float], count: int) -> list[float]:
