@@ -254,7 +254,8 @@ class ModelLaws:
 
     def largest(self, nodes_R: Tensor, rows_R: Tensor) -> Tensor:
         """The token [R] with the largest logit at one node of each of some trees, the first of equal ones."""
-        return self.logits_TV[self.first_B[rows_R] + nodes_R].to(self.dtype).argmax(-1)
+        # max finds the same index as argmax, on the CPU in a third of the time.
+        return self.logits_TV.index_select(0, self.first_B[rows_R] + nodes_R).to(self.dtype).max(-1).indices
 
     def drawn(self, keys: Callable[[Tensor, Tensor], RowKeys]) -> Tensor:
         """A token [T] from the law of every real node; `keys` tells of rows [T] and depths [T] what each draw is keyed by."""

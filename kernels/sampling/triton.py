@@ -269,7 +269,7 @@ def _rows_kernel(
         else:
             state = hashed(tl.load(seeds + r), PURPOSE, tl.load(counters + r))
             if WANTS == "race":
-                least = top.to(tl.float64) * 0 + float("inf")
+                least = total.to(tl.float64) * 0 + float("inf")
                 token = r * 0
                 for start in range(0, SIZE, BLOCK):
                     at = start + span
