@@ -162,7 +162,7 @@ MUTANTS = [
     Mutant("law of a batch mate", FOLLOW, "laws.at(node_B)[rows]", "laws.at(node_B)[: len(rows)]", TREE, "batch mates"),
     Mutant(
         "keyed by depth, not by position",
-        "specdec.noise:CounterNoise.uniform",
+        "specdec.noise:CounterNoise.keys",
         "self.positions_B[rows] + (key.depth + 1)",
         "self.rounds_B[rows] * 64 + (key.depth + 1)",
         Check("other tokens", partial(seed_mismatch, Follow(), TopK(total=8, depth=3, k=2))),
@@ -296,7 +296,7 @@ MUTANTS = [
     ),
     Mutant(
         "Gumbel noise keyed by round",
-        "specdec.noise:CounterNoise._gumbel_max",
+        "specdec.noise:CounterNoise.keys",
         "self.positions_B[rows] + (key.depth + 1)",
         "self.rounds_B[rows] * 64 + (key.depth + 1)",
         Check("other tokens", partial(seed_mismatch, Coupled(), TopK(total=8, depth=3, k=2))),

@@ -9,10 +9,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-_GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)
-_MIX_1 = 0xBF58476D1CE4E5B9 - (1 << 64)
-_MIX_2 = 0x94D049BB133111EB - (1 << 64)
-_PURPOSES = {"target": 1, "draft": 2, "accept": 3, "residual": 4, "gumbel": 5}
+from specdec.kernels.dispatch import use_triton
+from specdec.kernels.sampling import RowKeys, draw
+from specdec.kernels.sampling.reference import gumbel_max
+
+PURPOSES = {"target": 1, "draft": 2, "accept": 3, "residual": 4, "gumbel": 5}
 
 
 @dataclass(frozen=True)
@@ -20,10 +21,11 @@ class PositionKey:
     """The target's own token `depth` + 1 places behind the root, keyed by its absolute position alone.
 
     Plain decoding draws with the same key, so a rule that follows the target's tokens emits what plain decoding emits.
-    It serves `categorical` only: coins keyed by position would reuse numbers that shaped an earlier round.
+    It serves `categorical` only: coins keyed by position would reuse numbers that shaped an earlier round. `depth` is one
+    for all rows or one each.
     """
 
-    depth: int
+    depth: int | Tensor
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ class GumbelKey:
     target will be drawn with (argmax of log q(v) + g(v), the runners-up by removing the winner and asking again).
     """
 
-    depth: int
+    depth: int | Tensor
 
 
 Key = PositionKey | GumbelKey | RoundKey
@@ -77,17 +79,18 @@ class CounterNoise:
         )
         return part
 
+    def keys(self, key: Key, rows: Tensor) -> RowKeys:
+        """What each row's number is hashed from, for the kernels that do so themselves."""
+        seeds = self.seeds_B[rows]
+        if isinstance(key, RoundKey):
+            return RowKeys(seeds, PURPOSES[key.purpose], self.rounds_B[rows], key.index)
+        is_gumbel = isinstance(key, GumbelKey)
+        purpose = PURPOSES["gumbel" if is_gumbel else "target"]
+        return RowKeys(seeds, purpose, self.positions_B[rows] + (key.depth + 1), is_gumbel=is_gumbel)
+
     def uniform(self, key: PositionKey | RoundKey, rows: Tensor) -> Tensor:
         """One float64 in [0, 1) per row."""
-        index: int | Tensor
-        if isinstance(key, PositionKey):
-            purpose, counter, index = "target", self.positions_B[rows] + (key.depth + 1), 0
-        else:
-            purpose, counter, index = key.purpose, self.rounds_B[rows], key.index
-        # The seed is hashed on its own: added to it unhashed, a purpose would be another seed's purpose.
-        state = _mix(_mix(self.seeds_B[rows]) + _PURPOSES[purpose])
-        state = _mix(_mix(state ^ counter) + index)
-        return ((state >> 11) & ((1 << 53) - 1)).double() * 2.0**-53
+        return self.keys(key, rows).bits().double() * 2.0**-53
 
     def bernoulli(self, prob_B: Tensor, key: RoundKey, rows: Tensor) -> Tensor:
         """True with probability `prob_B`: iff u < prob, strictly, so that probability zero never passes."""
@@ -100,32 +103,17 @@ class CounterNoise:
     def categorical(self, probs_BV: Tensor, key: Key, rows: Tensor) -> Tensor:
         """One token per row by inversion of the cumulative law in float64, or by Gumbel noise under a `GumbelKey`; a token of
         probability zero is never drawn."""
+        if probs_BV.device.type != "cpu" or use_triton(probs_BV):
+            # A parallel sum of floats may fall where nothing is added, and point at a token without mass; integers do not.
+            return draw(probs_BV, self.keys(key, rows))
         if isinstance(key, GumbelKey):
-            return self._gumbel_max(probs_BV, key, rows)
+            return gumbel_max(probs_BV, self.keys(key, rows))
         cumulative = probs_BV.cumsum(-1, dtype=torch.float64)
         total = cumulative[:, -1:].contiguous()
         token = torch.searchsorted(cumulative, self.uniform(key, rows)[:, None] * total, right=True)
         # Only a law without mass (the residual of a row that needs none) or with a subnormal total points past its last
         # possible token; the caller then gets an index inside the vocabulary.
         return torch.minimum(token, torch.searchsorted(cumulative, total)).squeeze(1)
-
-    def _gumbel_max(self, probs_BV: Tensor, key: GumbelKey, rows: Tensor) -> Tensor:
-        # argmax of log p + g is argmin of e / p with e exponential; only tokens with mass need a number.
-        at, token = (probs_BV > 0).nonzero(as_tuple=True)
-        state = _mix(_mix(self.seeds_B[rows]) + _PURPOSES["gumbel"]) ^ (self.positions_B[rows] + (key.depth + 1))
-        bits = _mix(_mix(state)[at] + token) >> 11 & ((1 << 53) - 1)
-        # Between the grid points of 53 bits, so that the logarithm is of neither 0 nor 1.
-        exponential = -((bits.double() + 0.5) * 2.0**-53).log()
-        times = torch.full(probs_BV.shape, torch.inf, dtype=torch.float64, device=probs_BV.device)
-        return times.index_put((at, token), exponential / probs_BV[at, token].double()).argmin(-1)
-
-
-def _mix(state: Tensor) -> Tensor:
-    # int64 arithmetic wraps like uint64; a right shift must drop the sign bits it drags in.
-    state = state + _GOLDEN
-    state = (state ^ ((state >> 30) & ((1 << 34) - 1))) * _MIX_1
-    state = (state ^ ((state >> 27) & ((1 << 37) - 1))) * _MIX_2
-    return state ^ ((state >> 31) & ((1 << 33) - 1))
 
 
 def _signed(seed: int) -> int:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 import secrets
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from specdec.kernels.dispatch import use_triton
+from specdec.kernels.sampling import RowKeys, RowParams, laws, sample
+from specdec.kernels.sampling.reference import laws_reference, one_hot
 from specdec.tree import TokenTree
 
 
@@ -98,8 +101,13 @@ class BatchSampling:
                 if token >= vocab_size:
                     raise ValueError(f"logit_bias names token {token}; the vocabulary has {vocab_size} tokens")
         self.is_greedy = all(one.temperature == 0 for one in self.params)
-        self._penalised = any(one.has_penalties for one in self.params)
-        if self._penalised:
+        self.is_penalised = any(one.has_penalties for one in self.params)
+        self._bias_BV = self._bias() if any(one.logit_bias for one in self.params) else None
+        # Copied now, before a forward is under way: a copy from the host waits for the device.
+        self._row_params = None if self.device.type == "cpu" else self._columns()
+        if self.is_penalised:
+            values = [(one.repetition_penalty, one.presence_penalty, one.frequency_penalty) for one in self.params]
+            self._penalties_B3 = torch.tensor(values, dtype=torch.float64, device=self.device)
             self._output_count_BV = torch.stack(
                 [self._count(one, out) for one, out in zip(params, outputs, strict=True)]
             )
@@ -114,17 +122,60 @@ class BatchSampling:
 
         `paths_RK` holds the drafted tokens between the committed ones and the row (-1 padding), which penalties count.
         """
-        scores = logits_RV.to(dtype, copy=True)
-        rows = rows_R.tolist()
-        for r, b in enumerate(rows):
-            if bias := self.params[b].logit_bias:
-                ids = torch.tensor(list(bias), device=scores.device)
-                scores[r, ids] += torch.tensor(list(bias.values()), dtype=dtype, device=scores.device)
-        if self._penalised:
-            scores = self._penalise(scores, rows_R, paths_RK)
+        scores = self._processed(logits_RV.to(dtype), rows_R, paths_RK)
+        if dtype == torch.float32 and use_triton(scores):
+            return laws(scores, self.row_params.select(rows_R))
         if self.is_greedy:
-            return _one_hot(scores)
-        return self._warp(scores, rows)
+            return one_hot(scores)
+        return self._warp(scores, rows_R.tolist())
+
+    def tokens(self, logits_RV: Tensor, rows_R: Tensor, paths_RK: Tensor | None, keys: RowKeys) -> Tensor:
+        """A token [R] from each row's law, as for `probabilities`, drawn in one with it."""
+        return sample(self._processed(logits_RV, rows_R, paths_RK), self.row_params.select(rows_R), keys)
+
+    @property
+    def is_argmax(self) -> bool:
+        """Whether every request takes the largest of its logits as they come."""
+        return self.is_greedy and not self.is_penalised and self._bias_BV is None
+
+    @property
+    def row_params(self) -> RowParams:
+        """The parameters as tensors [B]."""
+        if self._row_params is None:
+            self._row_params = self._columns()
+        return self._row_params
+
+    def _columns(self) -> RowParams:
+        names = (
+            ("temperature", torch.float32),
+            ("top_k", torch.int64),
+            ("top_p", torch.float32),
+            ("min_p", torch.float32),
+        )
+        return RowParams(
+            *(
+                torch.tensor([getattr(one, name) for one in self.params], dtype=dtype, device=self.device)
+                for name, dtype in names
+            )
+        )
+
+    def _bias(self) -> Tensor:
+        rows = [b for b, one in enumerate(self.params) for _ in one.logit_bias]
+        ids = [token for one in self.params for token in one.logit_bias]
+        values = [bias for one in self.params for bias in one.logit_bias.values()]
+        bias_BV = torch.zeros(len(self.params), self.vocab_size, dtype=torch.float64)
+        bias_BV[rows, ids] = torch.tensor(values, dtype=torch.float64)
+        return bias_BV.to(self.device)
+
+    def _processed(self, scores: Tensor, rows_R: Tensor, paths_RK: Tensor | None) -> Tensor:
+        """Logits under bias and penalties; the given ones where nobody asks for either."""
+        if self._bias_BV is None and not self.is_penalised:
+            return scores
+        # Never in half precision.
+        scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+        if self._bias_BV is not None:
+            scores = scores + self._bias_BV[rows_R].to(scores.dtype)
+        return self._penalise(scores, rows_R, paths_RK) if self.is_penalised else scores
 
     def _warp(self, scores: Tensor, rows: list[int]) -> Tensor:
         params = [self.params[b] for b in rows]
@@ -137,34 +188,14 @@ class BatchSampling:
 
         temperature = column("temperature")
         assert temperature is not None
-        warped = scores / torch.where(temperature > 0, temperature, 1)
-        top_k = column("top_k", 0)
-        if top_k is not None:
-            k = top_k.clamp(1, self.vocab_size).long()
-            kth = warped.topk(int(k.max())).values.gather(1, k - 1)
-            warped = warped.masked_fill((warped < kth) & (top_k > 0), -torch.inf)
-        probs = warped.softmax(-1)
-        top_p, min_p = column("top_p", 1.0), column("min_p", 0.0)
-        if top_p is not None or min_p is not None:
-            dropped = torch.zeros_like(probs, dtype=torch.bool)
-            if top_p is not None:
-                dropped |= probs < _top_p_cut(probs, top_p)
-            if min_p is not None:
-                dropped |= probs < min_p * probs.amax(-1, keepdim=True)
-            # A second softmax instead of a division: a row that drops nothing keeps its very bits, whoever is beside it.
-            probs = warped.masked_fill(dropped, -torch.inf).softmax(-1)
-        is_greedy = temperature == 0
-        return torch.where(is_greedy, _one_hot(scores), probs) if bool(is_greedy.any()) else probs
+        return laws_reference(scores, temperature, column("top_k", 0), column("top_p", 1.0), column("min_p", 0.0))
 
     def _penalise(self, scores: Tensor, rows_R: Tensor, paths_RK: Tensor | None) -> Tensor:
         output = self._output_count_BV[rows_R]
         if paths_RK is not None and paths_RK.numel():
             output = output.scatter_add(1, paths_RK.clamp_min(0), (paths_RK >= 0).to(output.dtype))
         seen = self._is_seen_BV[rows_R] | (output > 0)
-        values = [(p.repetition_penalty, p.presence_penalty, p.frequency_penalty) for p in self.params]
-        repetition, presence, frequency = torch.tensor(values, dtype=scores.dtype, device=scores.device)[rows_R][
-            ..., None
-        ].unbind(1)
+        repetition, presence, frequency = self._penalties_B3.to(scores.dtype)[rows_R][..., None].unbind(1)
         repeated = torch.where(scores < 0, scores * repetition, scores / repetition)
         scores = torch.where(seen, repeated, scores)
         return scores - frequency * output - presence * (output > 0)
@@ -187,9 +218,13 @@ class ModelLaws:
         self.first_B = tree.num_nodes_B.cumsum(0) - tree.num_nodes_B
         self._nodes_B: Tensor | None = None
         self._probs_BV: Tensor | None = None
+        self._packed_TV: Tensor | None = None
 
     def at(self, nodes_B: Tensor) -> Tensor:
         """Laws [B, V] at one node of each tree."""
+        if self.on_device:
+            # Which rows have moved is not known on the host: it would have to wait.
+            return self.packed()[self.first_B + nodes_B]
         # A rule that walks down asks again for rows that have stopped: only what moved is computed.
         if self._nodes_B is None or self._probs_BV is None:
             self._probs_BV = self._laws(torch.arange(self.tree.batch_size, device=nodes_B.device), nodes_B)
@@ -204,15 +239,48 @@ class ModelLaws:
 
     def all(self) -> Tensor:
         """Laws [B, N, V] of every node; rows of padding are zero."""
-        rows, nodes = self.tree.is_node_BN.nonzero(as_tuple=True)
+        rows, nodes = self._places()
         out = torch.zeros(
             *self.tree.tokens_BN.shape, self.logits_TV.shape[1], dtype=self.dtype, device=self.logits_TV.device
         )
-        out[rows, nodes] = self._laws(rows, nodes)
+        out[rows, nodes] = self.packed() if self.on_device else self._laws(rows, nodes)
         return out
 
+    def packed(self) -> Tensor:
+        """Laws [T, V] of every real node, behind one another as their logits are; computed once."""
+        if self._packed_TV is None:
+            self._packed_TV = self._laws(*self._places())
+        return self._packed_TV
+
+    def largest(self, nodes_R: Tensor, rows_R: Tensor) -> Tensor:
+        """The token [R] with the largest logit at one node of each of some trees, the first of equal ones."""
+        # max finds the same index as argmax, on the CPU in a third of the time.
+        return self.logits_TV.index_select(0, self.first_B[rows_R] + nodes_R).to(self.dtype).max(-1).indices
+
+    def drawn(self, keys: Callable[[Tensor, Tensor], RowKeys]) -> Tensor:
+        """A token [T] from the law of every real node; `keys` tells of rows [T] and depths [T] what each draw is keyed by."""
+        rows_T, nodes_T = self._places()
+        depths_T = self.tree.depth_BN[rows_T, nodes_T]
+        return self.sampling.tokens(self.logits_TV, rows_T, self._paths(rows_T, nodes_T), keys(rows_T, depths_T))
+
+    @property
+    def on_device(self) -> bool:
+        """Whether the kernels make these laws, and tokens of them."""
+        return self.dtype == torch.float32 and use_triton(self.logits_TV)
+
+    def _places(self) -> tuple[Tensor, Tensor]:
+        """Tree and node [T] of every row of the logits."""
+        # Their number is known, so nothing has to be counted on the device.
+        count, trees = len(self.logits_TV), torch.arange(self.tree.batch_size, device=self.tree.device)
+        rows_T = trees.repeat_interleave(self.tree.num_nodes_B, output_size=count)
+        return rows_T, torch.arange(count, device=self.tree.device) - self.first_B[rows_T]
+
+    def _paths(self, rows_R: Tensor, nodes_R: Tensor) -> Tensor | None:
+        wanted = self.sampling.is_penalised and self.tree.max_nodes > 1
+        return drafted_paths(self.tree, rows_R, nodes_R) if wanted else None
+
     def _laws(self, rows_R: Tensor, nodes_R: Tensor) -> Tensor:
-        paths = drafted_paths(self.tree, rows_R, nodes_R) if self.tree.max_nodes > 1 else None
+        paths = self._paths(rows_R, nodes_R)
         return self.sampling.probabilities(self.logits_TV[self.first_B[rows_R] + nodes_R], rows_R, paths, self.dtype)
 
 
@@ -235,21 +303,3 @@ def token_logprobs(logits_RV: Tensor, tokens: Seq[int], top: int) -> list[tuple[
     chosen = logprobs.gather(1, torch.tensor(list(tokens), device=logprobs.device)[:, None]).squeeze(1).tolist()
     pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
     return [(value, dict(zip(ids, values, strict=True))) for value, (ids, values) in zip(chosen, pairs, strict=True)]
-
-
-def _one_hot(scores: Tensor) -> Tensor:
-    return torch.zeros_like(scores).scatter_(1, scores.argmax(-1, keepdim=True), 1.0)
-
-
-def _top_p_cut(probs: Tensor, top_p: Tensor) -> Tensor:
-    """The smallest probability that stays: tokens stay while the mass of the likelier ones is below top_p."""
-    size = probs.shape[-1]
-    # A full sort of the vocabulary costs milliseconds; the mass almost always lies in the first thousand tokens.
-    for width in (1024, size):
-        ordered = probs.topk(min(width, size)).values
-        before = torch.nn.functional.pad(ordered.cumsum(-1)[:, :-1], (1, 0))
-        if width >= size or bool(((before[:, -1:] >= top_p) | (top_p >= 1)).all()):
-            break
-    kept = (before < top_p).sum(-1, keepdim=True).clamp_min(1)
-    cut = ordered.gather(1, kept - 1)
-    return torch.where(top_p < 1, cut, 0)

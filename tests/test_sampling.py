@@ -21,11 +21,11 @@ from transformers.generation.logits_process import (
 )
 
 from specdec.interfaces import TargetLaws
+from specdec.kernels.sampling.reference import top_p_cut
 from specdec.sampling import (
     BatchSampling,
     ModelLaws,
     SamplingParams,
-    _top_p_cut,
     drafted_paths,
     log_confidence,
     token_logprobs,
@@ -237,7 +237,7 @@ def test_ties_at_a_cut_stay_together(params: dict[str, Any]) -> None:
 def test_top_p_stops_at_exactly_enough_mass() -> None:
     probs = torch.tensor([[0.125, 0.5, 0.125, 0.25]])
     for top_p, cut in ((0.25, 0.5), (0.5, 0.5), (0.5 + 1e-6, 0.25), (0.75, 0.25), (0.75 + 1e-6, 0.125), (1.0, 0.0)):
-        assert float(_top_p_cut(probs, torch.tensor([[top_p]]))) == cut
+        assert float(top_p_cut(probs, torch.tensor([[top_p]]))) == cut
 
 
 def test_greedy_is_the_one_hot_law_of_the_processed_logits() -> None:

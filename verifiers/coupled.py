@@ -7,6 +7,7 @@ from torch import Tensor
 from specdec.interfaces import Acceptance, Noise, TargetLaws
 from specdec.noise import GumbelKey, Key, PositionKey, RoundKey
 from specdec.tree import TokenTree, TreeSpec
+from specdec.verifiers import on_device
 from specdec.verifiers.follow import Follow
 
 
@@ -26,6 +27,8 @@ class Coupled:
         return None
 
     def __call__(self, tree: TokenTree, laws: TargetLaws, noise: Noise) -> Acceptance:
+        if (verdict := on_device.follow(tree, laws, noise, is_gumbel=True)) is not None:
+            return verdict
         return Follow()(tree, laws, _Gumbel(noise))
 
 

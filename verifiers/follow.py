@@ -6,7 +6,9 @@ import torch
 
 from specdec.interfaces import Acceptance, Noise, TargetLaws
 from specdec.noise import PositionKey
+from specdec.sampling import ModelLaws
 from specdec.tree import TokenTree, TreeSpec
+from specdec.verifiers import on_device
 
 
 class Follow:
@@ -23,12 +25,19 @@ class Follow:
         return None
 
     def __call__(self, tree: TokenTree, laws: TargetLaws, noise: Noise) -> Acceptance:
+        if (verdict := on_device.follow(tree, laws, noise)) is not None:
+            return verdict
+        # Laws that leave no choice are never written out.
+        certain = laws if isinstance(laws, ModelLaws) and laws.sampling.is_argmax else None
         rows = torch.arange(tree.batch_size, device=tree.device)
         node_B = torch.zeros_like(rows)
         next_token_B = torch.zeros_like(rows)
         path = [node_B]
         for depth in range(tree.max_nodes):
-            tokens = noise.categorical(laws.at(node_B)[rows], PositionKey(depth), rows)
+            if certain is not None:
+                tokens = certain.largest(node_B[rows], rows)
+            else:
+                tokens = noise.categorical(laws.at(node_B)[rows], PositionKey(depth), rows)
             next_token_B = next_token_B.index_copy(0, rows, tokens)
             # Padding has parent -1 and is never a child, so it needs no mask.
             is_child = (tree.parents_BN[rows] == node_B[rows][:, None]) & (tree.tokens_BN[rows] == tokens[:, None])

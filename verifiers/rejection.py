@@ -8,6 +8,7 @@ from torch import Tensor
 from specdec.interfaces import Acceptance, Noise, TargetLaws
 from specdec.noise import RoundKey
 from specdec.tree import DrawKind, TokenTree, TreeSpec
+from specdec.verifiers import on_device
 
 
 class Rejection:
@@ -32,6 +33,8 @@ class Rejection:
     def __call__(self, tree: TokenTree, laws: TargetLaws, noise: Noise) -> Acceptance:
         if reason := self.accepts(tree.spec):
             raise ValueError(f"rule rejection is not exact for these trees: {reason}")
+        if (verdict := on_device.rejection(tree, laws, noise)) is not None:
+            return verdict
         batch, device = tree.batch_size, tree.device
         rows = torch.arange(batch, device=device)
         node_B, next_token_B = torch.zeros_like(rows), torch.zeros_like(rows)

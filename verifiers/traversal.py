@@ -8,6 +8,7 @@ from torch import Tensor
 from specdec.interfaces import Acceptance, Noise, TargetLaws
 from specdec.noise import RoundKey
 from specdec.tree import TokenTree, TreeSpec
+from specdec.verifiers import on_device
 from specdec.verifiers.siblings import Siblings, normalised, unproved
 from specdec.verifiers.walk import path_to
 
@@ -31,6 +32,8 @@ class Traversal:
     def __call__(self, tree: TokenTree, laws: TargetLaws, noise: Noise) -> Acceptance:
         if reason := self.accepts(tree.spec):
             raise ValueError(f"rule traversal is not exact for these trees: {reason}")
+        if (verdict := on_device.traversal(tree, laws, noise)) is not None:
+            return verdict
         state = _State(tree, laws.all())
         rows = torch.arange(tree.batch_size, device=tree.device)
         while len(rows):

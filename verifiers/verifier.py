@@ -65,6 +65,10 @@ class Verifier:
             wanted = [
                 root_rows[one.id] + n for one, count in zip(plan.verifying, counts, strict=True) for n in range(count)
             ]
+            # All that the host must look at comes before the forward: it would wait for that, and the device then for it.
+            sampling = batch_sampling(plan.verifying, self.target.vocab_size, self.target.device)
+            if tree.device.type != "cpu":
+                _ = tree.spec, tree.depth_BN
         prepared = time.perf_counter()
         rows = torch.tensor(wanted, dtype=torch.int64, device=self.target.device)
         result = self.target.forward(segments, cache, rows, feature_layers)
@@ -73,7 +77,6 @@ class Verifier:
         times.forward_s += done - prepared
         verdict = Verdict([], [], [])
         if tree is not None:
-            sampling = batch_sampling(plan.verifying, self.target.vocab_size, self.target.device)
             acceptance = self.rule(tree, ModelLaws(result.logits_RV, tree, sampling), noise)
             verdict = self._commit(plan.verifying, tree, acceptance, result.logits_RV, cache)
         if feature_layers:
@@ -96,9 +99,13 @@ class Verifier:
         logits_RV: torch.Tensor,
         cache: KVCache,
     ) -> Verdict:
-        accepted = acceptance.num_accepted_B.tolist()
-        paths = [path[: count + 1] for path, count in zip(acceptance.path_BK.tolist(), accepted, strict=True)]
-        extra, drafted = acceptance.next_token_B.tolist(), tree.tokens_BN.tolist()
+        # One transfer: each would wait for the device.
+        first_B = tree.num_nodes_B.cumsum(0) - tree.num_nodes_B
+        columns = torch.stack([acceptance.num_accepted_B, acceptance.next_token_B, first_B], 1)
+        rows = torch.cat([columns, tree.tokens_BN, acceptance.path_BK], 1).tolist()
+        accepted, extra, first = zip(*(row[:3] for row in rows), strict=True)
+        drafted = [row[3 : 3 + tree.max_nodes] for row in rows]
+        paths = [row[3 + tree.max_nodes :][: count + 1] for row, count in zip(rows, accepted, strict=True)]
         tokens = [[row[n] for n in path[1:]] + [t] for row, path, t in zip(drafted, paths, extra, strict=True)]
         source, target = [], []
         for one, path in zip(sequences, paths, strict=True):
@@ -108,7 +115,6 @@ class Verifier:
                     target.append(one.table.slot(one.root_position + depth))
         cache.move(source, target)
         logprobs: list[list[tuple[float, dict[int, float]]] | None] = []
-        first = (tree.num_nodes_B.cumsum(0) - tree.num_nodes_B).tolist()
         for one, path, new, at in zip(sequences, paths, tokens, first, strict=True):
             top = one.params.logprobs
             logprobs.append(None if top is None else token_logprobs(logits_RV[[at + n for n in path]], new, top))
