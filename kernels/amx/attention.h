@@ -171,29 +171,34 @@ class Block {
   }
 
   void score(long tile, const bf16* keys, long query) {
-    alignas(64) bf16 copy[ROWS * 256];
-    alignas(64) float sums[256];
+    alignas(64) bf16 copies[2][ROWS * 256];
+    alignas(64) float sums[TILE * ROWS];
+    long strides[2];
+    const bf16* from[2];
+    for (long half = 0; half < 2; ++half)
+      from[half] = sixteen(keys, tile * TILE + half * ROWS, query, copies[half], strides[half]);
+    // Two sums at a time: one waits for the result before it.
+    _tile_zero(0);
+    _tile_zero(1);
+    for (long e = 0; e < heads_.size; e += DEPTH) {
+      _tile_loadd(2, queries_ + e * ROWS, 64);
+      _tile_loadd(3, from[0] + e, strides[0] * 2);
+      _tile_dpbf16ps(0, 3, 2);
+      _tile_loadd(4, from[1] + e, strides[1] * 2);
+      _tile_dpbf16ps(1, 4, 2);
+    }
+    _tile_stored(0, sums, 64);
+    _tile_stored(1, sums + ROWS * ROWS, 64);
     const __mmask16 rows = rows_of(query);
     const __m512 scaling = _mm512_set1_ps(heads_.scaling);
-    for (long at = tile * TILE; at < (tile + 1) * TILE; at += ROWS) {
-      long stride;
-      const bf16* from = sixteen(keys, at, query, copy, stride);
-      _tile_zero(0);
-      for (long e = 0; e < heads_.size; e += DEPTH) {
-        _tile_loadd(1, from + e, stride * 2);
-        _tile_loadd(2, queries_ + e * ROWS, 64);
-        _tile_dpbf16ps(0, 1, 2);
-      }
-      _tile_stored(0, sums, 64);
-      for (long i = 0; i < ROWS; ++i) {
-        const __m512i position = _mm512_set1_epi32(at + i);
-        __mmask16 sees = _mm512_cmple_epi32_mask(position, last_);
-        if (heads_.window > 0)
-          sees &= _mm512_cmpgt_epi32_mask(_mm512_add_epi32(position, _mm512_set1_epi32(heads_.window)), last_);
-        const __m512 scaled = _mm512_mul_ps(_mm512_load_ps(sums + i * 16), scaling);
-        const __m512 found = _mm512_mask_mov_ps(_mm512_set1_ps(-INFINITY), sees, scaled);
-        _mm512_mask_store_ps(scores_ + (at + i) * ROWS, rows, found);
-      }
+    const __m512i window = _mm512_set1_epi32(heads_.window > 0 ? heads_.window : INT32_MAX / 2);
+    for (long i = 0; i < TILE; ++i) {
+      const __m512i position = _mm512_set1_epi32(tile * TILE + i);
+      const __mmask16 sees = _mm512_cmple_epi32_mask(position, last_) &
+                             _mm512_cmpgt_epi32_mask(_mm512_add_epi32(position, window), last_);
+      const __m512 scaled = _mm512_mul_ps(_mm512_load_ps(sums + i * ROWS), scaling);
+      _mm512_mask_store_ps(scores_ + (tile * TILE + i) * ROWS, rows,
+                           _mm512_mask_mov_ps(_mm512_set1_ps(-INFINITY), sees, scaled));
     }
   }
 
