@@ -105,6 +105,7 @@ class EngineMetrics:
     num_requests: int = 0
     num_finished: int = 0
     num_cancelled: int = 0
+    num_failed: int = 0
     num_steps: int = 0
     num_sequence_steps: int = 0
     num_prompt_tokens: int = 0
