@@ -293,6 +293,7 @@ class Engine:
                     one.token_ids[begin + computed],
                     path if chunk == 0 and row is not None else None,
                     verdict.hidden.get(one.id, {}),
+                    one,
                 )
             )
         self.drafter.observe(commits)
