@@ -5,13 +5,14 @@ from __future__ import annotations
 import time
 import weakref
 from collections.abc import Callable
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from specdec.cost import CostModel, DraftSize, TargetSize
+from specdec.cost import Array, CostModel, DraftSize, TargetSize
 from specdec.drafters.choosing import Choice, Ints, Load, Options, choose, instead, keep_best
 from specdec.drafters.outlook import Outcome, RequestRecord, Scores, outlook_for
 from specdec.drafters.pruning import prune, shallower
@@ -23,25 +24,14 @@ from specdec.tree import TokenTree, TreeSpec
 
 @dataclass
 class SpeculationCounts:
-    """What was chosen since the start: rows that could be drafted for, those that were, the depths asked for, and the
-    drafted nodes that were verified and that were pruned; `explored_s` is what looking elsewhere was expected to cost."""
+    """What was chosen since the start: rows that could be drafted for, those that were, and the drafted nodes that were
+    verified and that were pruned; `explored_s` is what looking elsewhere was expected to cost."""
 
     num_rows: int = 0
     num_drafted: int = 0
-    num_levels: int = 0
     num_nodes: int = 0
     num_pruned: int = 0
     explored_s: float = 0.0
-
-    @property
-    def mean_nodes(self) -> float:
-        """Drafted nodes verified per row and step."""
-        return self.num_nodes / max(self.num_rows, 1)
-
-    @property
-    def mean_depth(self) -> float:
-        """Levels drafted per row and step."""
-        return self.num_levels / max(self.num_rows, 1)
 
 
 @dataclass(frozen=True)
@@ -63,10 +53,12 @@ class AdaptiveSpeculation:
     Before drafting each row gets a depth (0: it decodes plainly) and drawn trees a width; FIXED trees are pruned once more
     after drafting, jointly over the batch (as the confidence trees of EAGLE-2, with the price of a node in place of their
     total). Choices rest on the past alone, on this step's draft only where it holds nothing drawn, so every law is kept.
-    `explore` is the share of time that may be spent to look at what seems not to pay. `accepts` is the rule's.
+    `explore` is the share of time that may be spent to look at what seems not to pay. `accepts` is the rule's. As long as
+    nothing pays, plain steps of the same sequences follow without a choice: one, then three, then `_LONGEST_REST` each time.
     """
 
     _KINDS = ("wake", "deepen", "plain")
+    _LONGEST_REST = 7
 
     def __init__(
         self,
@@ -85,6 +77,9 @@ class AdaptiveSpeculation:
         # Unknown until the first step has taken its time: a step's worth of looking elsewhere is granted to begin with.
         self._savings: dict[str, float] = {}
         self._last: _Step | None = None
+        # Whose steps go on without a choice, how many still do, and how many did the last time.
+        self._resting: list[Sequence] = []
+        self._rest = self._last_rest = 0
         share = (policy.max_expanded - 1) / max(policy.max_depth - 1, 1)
         levels = np.arange(policy.max_depth + 1)
         # The root is run once; the levels behind it are taken to be alike.
@@ -94,11 +89,20 @@ class AdaptiveSpeculation:
         """Trees for `step.drafting`. Raises ValueError for another policy than the one that this was made for."""
         if policy is not self._policy:
             raise ValueError("adaptive speculation was set up for another policy: make one for each engine")
-        sequences = step.drafting
+        sequences, load = step.drafting, _load(step)
+        if self._rest and sequences == self._resting:
+            self._rest -= 1
+            return self._plain(sequences, load)
         records = [self._records.setdefault(one, RequestRecord()) for one in sequences]
-        load = _load(step)
-        options = self._options(sequences, records)
-        choice = self._look_elsewhere(options, load, choose(options, load, self.costs))
+        options = self._options(sequences, records, drafter)
+        slept = [len(one.token_ids) - record.drafted_len for one, record in zip(sequences, records, strict=True)]
+        choice = self._look_elsewhere(options, load, choose(options, load, self.costs), np.array(slept, dtype=float))
+        if not choice.depths_B.any():
+            before = self._last_rest if sequences == self._resting else 0
+            self._rest = self._last_rest = min(2 * before + 1, self._LONGEST_REST)
+            self._resting = list(sequences)
+            return self._plain(sequences, load)
+        self._resting, self._rest, self._last_rest = [], 0, 0
         depths: list[int] = choice.depths_B.tolist()
         start = self._clock()
         scores, tree = self._draft(sequences, records, depths, choice, load, drafter, noise)
@@ -110,6 +114,11 @@ class AdaptiveSpeculation:
         self._last = _Step(sequences, scores, depths, choice.option, load, size, seconds)
         self._count(depths, scores, tree)
         return tree
+
+    def _plain(self, sequences: list[Sequence], load: Load) -> TokenTree:
+        self._last = _Step(sequences, None, [0] * len(sequences), 0, load, DraftSize(0, 0), 0.0)
+        self.counts.num_rows += len(sequences)
+        return TokenTree.roots(torch.tensor([one.root for one in sequences], device=self._device))
 
     def learn(self, step: Plan, tree: TokenTree | None, verdict: Verdict, seconds: float) -> None:
         """What became of the step and the seconds it took in all."""
@@ -131,25 +140,24 @@ class AdaptiveSpeculation:
         ]
         self._outlook.learn(last.scores, records, last.option, outcomes)
 
-    def _options(self, sequences: list[Sequence], records: list[RequestRecord]) -> Options:
+    def _options(self, sequences: list[Sequence], records: list[RequestRecord], drafter: Drafter) -> Options:
         gain_BDO, nodes_BDO = self._outlook.promise(records)
-        behind = [len(one.token_ids) - record.drafted_len for one, record in zip(sequences, records, strict=True)]
         return Options(
             gain_BDO,
             nodes_BDO,
             self._expanded_D,
-            np.array(behind, dtype=float),
+            np.array(num_unread(drafter, sequences), dtype=float),
             np.array([min(one.max_draft_depth, self._policy.max_depth) for one in sequences]),
         )
 
-    def _look_elsewhere(self, options: Options, load: Load, choice: Choice) -> Choice:
+    def _look_elsewhere(self, options: Options, load: Load, choice: Choice, slept_B: Array) -> Choice:
         """Another choice, now and then, from which more is learned, as far as time has been saved for it.
 
         Rows that are not drafted for would never be seen to recover, depths that are not reached to pay, and plain steps to
         have become cheap.
         """
         for kind in self._KINDS:
-            for depths_B, option in self._elsewhere(kind, options, choice):
+            for depths_B, option in self._elsewhere(kind, options, choice, slept_B):
                 other = instead(options, load, self.costs, choice, depths_B, option)
                 regret = max(choice.value - other.value, 0.0) / max(choice.rate, 1e-12)
                 if regret <= self._savings.get(kind, 0.0):
@@ -158,7 +166,7 @@ class AdaptiveSpeculation:
                     return other
         return choice
 
-    def _elsewhere(self, kind: str, options: Options, choice: Choice) -> list[tuple[Ints, int]]:
+    def _elsewhere(self, kind: str, options: Options, choice: Choice, slept_B: Array) -> list[tuple[Ints, int]]:
         depths_B, limits_B = choice.depths_B, options.limits_B
         is_drafting, narrowest = bool(depths_B.any()), 0
         if kind == "wake":
@@ -166,7 +174,7 @@ class AdaptiveSpeculation:
             if not asleep_B.any():
                 return []
             # All of them, or else the one that has slept longest.
-            longest = np.where(asleep_B, options.caught_up_B, -1.0).argmax()
+            longest = np.where(asleep_B, slept_B, -1.0).argmax()
             alone_B = asleep_B & (np.arange(len(asleep_B)) == longest)
             option = choice.option if is_drafting else narrowest
             return [(np.where(who_B, 1, depths_B), option) for who_B in (asleep_B, alone_B)]
@@ -186,8 +194,6 @@ class AdaptiveSpeculation:
         noise: Noise,
     ) -> tuple[Scores | None, TokenTree]:
         """The drafted trees as they were scored and as they are verified."""
-        if not any(depths):
-            return None, TokenTree.roots(torch.tensor([one.root for one in sequences], device=self._device))
         scored: list[Scores] = []
 
         def keep(tree: TokenTree) -> Tensor | None:
@@ -208,10 +214,14 @@ class AdaptiveSpeculation:
         nodes = int(tree.num_nodes_B.sum()) - tree.batch_size
         self.counts.num_rows += len(depths)
         self.counts.num_drafted += sum(depth > 0 for depth in depths)
-        self.counts.num_levels += sum(depths)
         self.counts.num_nodes += nodes
         if scores is not None:
             self.counts.num_pruned += int((scores.depth_BN > 0).sum()) - nodes
+
+
+def num_unread(drafter: Drafter, sequences: Seq[Sequence]) -> list[int]:
+    """Final tokens that the drafter has yet to read for a tree of each sequence, the root among them."""
+    return [max(len(one.token_ids) - drafter.covered(one.id), 1) for one in sequences]
 
 
 def _load(step: Plan) -> Load:

@@ -14,8 +14,8 @@ from specdec.drafters.heads.eagle import EagleHead
 from specdec.drafters.heads.frequencies import FrequentTokens, frequent_tokens
 from specdec.drafters.heads.fused import FusedEagle
 from specdec.drafters.heads.source import HeadSource, resolve
-from specdec.drafters.levels import LevelRound, Span
-from specdec.drafters.network import NetworkDrafter, NextLogits, fitted
+from specdec.drafters.levels import LevelDrafter, LevelRound, Span
+from specdec.drafters.network import NextLogits, fitted
 from specdec.drafters.vocabulary import drafting
 from specdec.interfaces import Commit
 from specdec.kernels.tree_attention import tree_attention
@@ -45,7 +45,7 @@ class _State:
         return taken
 
 
-class EagleDrafter(NetworkDrafter):
+class EagleDrafter(LevelDrafter):
     """Drafts with an EAGLE head (Li et al. 2024, EAGLE, section 3; Li et al. 2025, EAGLE-3, section 3.1).
 
     Its entry t reads the feature of token t and token t + 1. Final tokens are run with the target's own features, as the
@@ -86,7 +86,7 @@ class EagleDrafter(NetworkDrafter):
 
     @torch.inference_mode()
     def observe(self, commits: Seq[Commit]) -> None:
-        """Keeps the fused features; the head reads them in `propose`, those of all sequences in one forward."""
+        """Keeps the fused features and reads along; the last ones are read in `propose`, with the root."""
         limit = self.head.config.max_positions
         wanted = [commit for commit in commits if limit is None or commit.start < limit]
         if not wanted:
@@ -94,6 +94,7 @@ class EagleDrafter(NetworkDrafter):
         fused = self._served.fuse([torch.cat([one.hidden[layer] for one in wanted]) for layer in self.feature_layers])
         for commit, features in zip(wanted, fused.split([len(one.token_ids) for one in wanted]), strict=True):
             self._states.setdefault(commit.sequence_id, _State()).features.append(features)
+        self._read_along(wanted)
 
     def covered(self, sequence_id: int) -> int:
         state = self._states.get(sequence_id)

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from specdec.drafters.network import NetworkDrafter, NetworkRound
+from specdec.interfaces import Commit
 from specdec.model import Segment
 from specdec.sequence import Sequence
 
@@ -28,6 +29,38 @@ class Span:
     row: int
     start: int
     end: int
+
+
+class LevelDrafter(NetworkDrafter):
+    """Base of the drafters that run a network over the target's pages.
+
+    They read along with the target, one of its prompt chunks behind: so a prompt of a single chunk is read together with its
+    root, and a step never has more of a long one to read than the target had in a step before. Tokens that no tree was asked
+    behind are read whenever `_MOST_UNREAD` have gathered.
+    """
+
+    _MOST_UNREAD = 64
+
+    def covered(self, sequence_id: int) -> int:
+        raise NotImplementedError
+
+    def _read_along(self, commits: Seq[Commit]) -> None:
+        """Reads what came before these commits, where it is time to and trees are going to be asked for."""
+        due, ends = [], []
+        for commit in commits:
+            one = commit.sequence
+            if one is None:
+                continue
+            num_unread = commit.start - self.covered(one.id)
+            is_due = num_unread > 0 if commit.nodes is None else num_unread >= self._MOST_UNREAD
+            # The token to come takes one of the places that are left.
+            if is_due and min(one.max_draft_depth - 1, self._limit(one)) > 0:
+                due.append(one)
+                ends.append(commit.start)
+        if due:
+            draft = self._round(due, [0] * len(due))
+            assert isinstance(draft, LevelRound)
+            draft.read(ends)
 
 
 class LevelRound(NetworkRound):
@@ -55,30 +88,42 @@ class LevelRound(NetworkRound):
         """Runs entries of final tokens; what the network gives [R, ...] at the packed rows `rows_R`."""
         raise NotImplementedError
 
+    def read(self, ends: list[int]) -> None:
+        """Runs the entries of final tokens up to `ends`, one per row, that have not been run."""
+        starts = [one.num_computed for one in self._progress]
+        spans = [Span(row, start, end) for row, (start, end) in enumerate(zip(starts, ends, strict=True))]
+        self._run_spans(spans, [])
+
     def catch_up(self) -> Tensor:
         """Runs what the network has not seen, the root's entry last, in chunks; what it gives [B, ...] at the roots."""
         live = [row for row, limit in enumerate(self.limits) if limit > 0]
         at_root: dict[int, Tensor] = {}
         while len(at_root) < len(live):
-            segments, spans, ends, owners, packed = [], [], [], [], 0
+            spans, ends, owners, packed = [], [], [], 0
             for row in live:
                 if row in at_root:
                     continue
-                one, total = self.sequences[row], self._num_entries[row]
+                total = self._num_entries[row]
                 # The root is run again where a tree has been grown from it before: what it gives is wanted once more.
                 start = min(self._progress[row].num_computed, total - 1)
                 end = min(total, start + self._CHUNK)
-                tokens = torch.tensor(one.token_ids[start + self.shift : end + self.shift], device=self.device)
-                segments.append(Segment(one.table, start, tokens, torch.arange(start, end, device=self.device)))
                 spans.append(Span(row, start, end))
                 packed += end - start
-                self._progress[row].num_computed = end
                 if end == total:
                     ends.append(packed - 1)
                     owners.append(row)
-            rows = torch.tensor(ends, dtype=torch.int64, device=self.device)
-            at_root.update(zip(owners, self.run_chunk(segments, spans, rows), strict=True))
+            at_root.update(zip(owners, self._run_spans(spans, ends), strict=True))
         return self.spread(torch.stack([at_root[row] for row in live]), live)
+
+    def _run_spans(self, spans: list[Span], rows: list[int]) -> Tensor:
+        segments = []
+        for span in spans:
+            one = self.sequences[span.row]
+            tokens = one.token_ids[span.start + self.shift : span.end + self.shift]
+            positions = torch.arange(span.start, span.end, device=self.device)
+            segments.append(Segment(one.table, span.start, torch.tensor(tokens, device=self.device), positions))
+            self._progress[span.row].num_computed = span.end
+        return self.run_chunk(segments, spans, torch.tensor(rows, dtype=torch.int64, device=self.device))
 
     def level(self, tokens_BW: Tensor, parents_BW: Tensor, depth: int) -> tuple[list[Segment], list[int]]:
         """The next level's nodes as segments, and the batch rows that they belong to: those that may go deeper still."""

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from specdec.drafters.growth import Grown
-from specdec.drafters.levels import LevelRound, Span
-from specdec.drafters.network import NetworkDrafter, NextLogits
+from specdec.drafters.levels import LevelDrafter, LevelRound, Span
+from specdec.drafters.network import NextLogits
 from specdec.interfaces import Commit
 from specdec.kv_cache import KVCache
 from specdec.model import PagedModel, Segment
@@ -28,7 +28,7 @@ class _State:
     expanded: list[int] = field(default_factory=list)
 
 
-class SmallModelDrafter(NetworkDrafter):
+class SmallModelDrafter(LevelDrafter):
     """Drafts with a smaller model of the target's vocabulary (Leviathan et al. 2023, section 2; trees as in Miao et al. 2023).
 
     Its keys and values lie in the same slots as the target's, in tensors of its own: the page tables are shared. Raises
@@ -59,7 +59,7 @@ class SmallModelDrafter(NetworkDrafter):
         return self._cache
 
     def observe(self, commits: Seq[Commit]) -> None:
-        """Moves the accepted nodes it has run to their positions; tokens it has not run are caught up in `propose`."""
+        """Moves the accepted nodes it has run to their positions, and reads along."""
         source, target = [], []
         for commit in commits:
             state = self._states.get(commit.sequence_id)
@@ -73,6 +73,7 @@ class SmallModelDrafter(NetworkDrafter):
                 state.num_computed = commit.start + depth + 1
             state.expanded = []
         self.cache.move(source, target)
+        self._read_along(commits)
 
     def covered(self, sequence_id: int) -> int:
         state = self._states.get(sequence_id)

@@ -16,6 +16,7 @@ from specdec.cli import explain
 from specdec.config import AcceptanceConfig, PolicyConfig, compose, to_typed
 from specdec.experiments.acceptance_report import acceptance_picture, acceptance_tables
 from specdec.experiments.building import build, describe, sampling_params
+from specdec.experiments.campaign import campaign
 from specdec.experiments.estimates import clustered_mean
 from specdec.experiments.jury import Jury, chosen_rules
 from specdec.experiments.prompts import check_chat, read_prompts, uses_chat, wrap
@@ -28,7 +29,6 @@ from specdec.model import PagedModel
 from specdec.provenance import device_name, provenance
 from specdec.request import encode
 from specdec.sampling import SamplingParams
-from specdec.tracking import Tracker
 
 # What the experiment varies by itself, and the key that says how.
 VARIED = {
@@ -52,11 +52,7 @@ def run(config: AcceptanceConfig, command: str) -> int:
         chosen = policy_config(overrides)
         policies[describe(chosen)] = build(chosen)
     juries = {label: Jury(label, policy, rules) for label, policy in policies.items()}
-    tracker: Tracker = build(config.tracking)
-    Path(config.work_dir).mkdir(parents=True, exist_ok=True)
-    raw = Measurements(Path(config.work_dir) / "raw.jsonl")
-    try:
-        tracker.start({**asdict(config), "provenance": provenance(command)})
+    with campaign(config, command, "visits") as work:
         drafter = build(config.drafter)
         target = load_target(config.target)
         chat = uses_chat(config.chat, target.tokenizer)
@@ -65,20 +61,12 @@ def run(config: AcceptanceConfig, command: str) -> int:
         replay = Replay(target, drafter, config.engine.page_size, config.engine.prefill_chunk)
         visitor = Visitor(plain, replay, policies, juries, params, config.stride, config.num_repeats)
         common = _common_labels(config, target, chat, params)
-        visits = _visit_all(visitor, prompts, config.temperatures, raw, common)
+        visits = _visit_all(visitor, prompts, config.temperatures, work.raw, common)
         rows = _rows(visitor, visits, {**common, **provenance(command)})
         for row in rows:
-            tracker.row(row)
-        tracker.summary({f"{row['policy']} {row['rule']} {row['temperature']:g}": row["tau"] for row in rows})
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"visits are in {raw.shown_path}; go on with work_dir={config.work_dir}") from None
-    finally:
-        raw.finish()
-        tracker.finish()
-    picture = tracker.path.with_suffix(".png")
-    acceptance_picture(rows, picture)
-    Console(markup=False, highlight=False).print(acceptance_tables(rows))
-    print(f"{len(rows)} rows in {tracker.shown_path}, picture in {picture.name} beside it", flush=True)
+            work.tracker.row(row)
+        work.tracker.summary({f"{row['policy']} {row['rule']} {row['temperature']:g}": row["tau"] for row in rows})
+    work.tell(rows, acceptance_picture, acceptance_tables)
     return 0
 
 

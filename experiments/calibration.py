@@ -17,6 +17,7 @@ import torch
 from rich.console import Console
 
 from specdec.cost import CostModel, DraftCost, DraftSize, TargetCost, TargetSize
+from specdec.drafters.adaptive import num_unread
 from specdec.drafters.pruning import shallower
 from specdec.engine import Engine
 from specdec.interfaces import Drafter, Noise, TreePolicy, Verdict
@@ -99,7 +100,6 @@ class _Probe:
         # Several steps without a draft let the drafter fall behind, so that catching up is seen too.
         self._depths = itertools.cycle([1, 0, policy.max_depth, 0, (policy.max_depth + 1) // 2, 0, 0, 0, 0])
         self._expanded = (policy.max_expanded - 1) / max(policy.max_depth - 1, 1)
-        self._drafted_len: dict[int, int] = {}
 
     def begin(self, sizes: Seq[int]) -> None:
         """From now on trees of these numbers of rows in all, a few times each."""
@@ -144,16 +144,15 @@ class _Probe:
         depth = next(self._depths)
         if not depth:
             return False
+        unread = num_unread(drafter, sequences)
         start = time.perf_counter()
         tree = drafter.propose(sequences, shallower(self._policy, [depth] * len(sequences)), noise)
         # On an accelerator the draft is done when its size is known.
         tree.num_nodes_B.tolist()
         seconds = time.perf_counter() - start
-        behind = [len(one.token_ids) - self._drafted_len.get(one.id, 0) for one in sequences]
-        self._drafted_len.update({one.id: len(one.token_ids) for one in sequences})
         if self._step >= 0:
             nodes = round(len(sequences) * (1 + (depth - 1) * self._expanded))
-            self._draft[DraftSize(depth, nodes, sum(behind))].append(seconds)
+            self._draft[DraftSize(depth, nodes, sum(unread))].append(seconds)
         return True
 
 

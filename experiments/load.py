@@ -5,14 +5,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence as Seq
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 
 from specdec.config import LoadConfig
-from specdec.experiments.building import build, sampling_params
+from specdec.experiments.campaign import campaign
 from specdec.experiments.driving import WallClock
 from specdec.experiments.load_contenders import (
     ADAPTIVE,
@@ -28,14 +26,12 @@ from specdec.experiments.load_contenders import (
 from specdec.experiments.load_report import load_picture, load_tables
 from specdec.experiments.load_rows import LoadRun, Point, load_row
 from specdec.experiments.load_session import Session
-from specdec.experiments.resume import Measurements
 from specdec.experiments.system import drafter_label, load_system, load_target, rule_and_policy, target_name
-from specdec.experiments.workload import Lengths, LoadRequest, Workload, read_mixture
+from specdec.experiments.workload import LoadRequest, Workload
 from specdec.live import LiveView
 from specdec.model import PagedModel
 from specdec.provenance import device_name, provenance
 from specdec.sampling import SamplingParams
-from specdec.tracking import Tracker
 
 
 def run(config: LoadConfig, command: str) -> int:
@@ -45,11 +41,7 @@ def run(config: LoadConfig, command: str) -> int:
     lies beside `output`. Raises ValueError for what can be seen to be wrong before a model is loaded.
     """
     points, workload = _check(config)
-    tracker: Tracker = build(config.tracking)
-    Path(config.work_dir).mkdir(parents=True, exist_ok=True)
-    raw = Measurements(Path(config.work_dir) / "raw.jsonl")
-    try:
-        tracker.start({**asdict(config), "provenance": provenance(command)})
+    with campaign(config, command, "loads") as work:
         drafts = bool({FIXED, ADAPTIVE} & set(config.contenders))
         system = load_system(config) if drafts else None
         target = load_target(config.target)
@@ -63,23 +55,15 @@ def run(config: LoadConfig, command: str) -> int:
         built = build_contenders(config, system, target, theirs, longest, ignore_eos, clock)
         contenders = contender_names(built)
         common = _common_labels(config, target, workload, requests)
-        session = Session(contenders, requests, raw, common, clock, config.seed, config.duration_s)
+        session = Session(contenders, requests, work.raw, common, clock, config.seed, config.duration_s)
         with LiveView() as view:
             runs = session.serve_all(points, config.num_repeats, view)
-        end = {**provenance(command), "resumed_measurements": raw.num_resumed}
+        end = {**provenance(command), "resumed_measurements": work.raw.num_resumed}
         rows = _rows(contenders, points, runs, {**common, **end})
         for row in rows:
-            tracker.row(row)
-        tracker.summary({f"{row['name']} {row['load']}": row["tokens_per_s"] for row in rows})
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"loads are in {raw.shown_path}; go on with work_dir={config.work_dir}") from None
-    finally:
-        raw.finish()
-        tracker.finish()
-    picture = tracker.path.with_suffix(".png")
-    load_picture(rows, picture)
-    Console(markup=False, highlight=False).print(load_tables(rows))
-    print(f"{len(rows)} rows in {tracker.shown_path}, picture in {picture.name} beside it", flush=True)
+            work.tracker.row(row)
+        work.tracker.summary({f"{row['name']} {row['load']}": row["tokens_per_s"] for row in rows})
+    work.tell(rows, load_picture, load_tables)
     return 0
 
 
@@ -97,17 +81,7 @@ def _check(config: LoadConfig) -> tuple[list[Point], Workload]:
     check_contenders(config)
     if {FIXED, ADAPTIVE} & set(config.contenders):
         rule_and_policy(config)
-    params = sampling_params(config.sampling)
-    workload = Workload(
-        read_mixture(config.mixture, config, config.prompts),
-        replace(params, seed=params.with_seed()),
-        config.seed,
-        Lengths.of(config.prompt_length, "prompt_length"),
-        Lengths.of(config.output_length, "output_length"),
-        config.prefix_tokens,
-        config.prefix_share,
-    )
-    return points, workload
+    return points, Workload.read(config, config.mixture)
 
 
 def _common_labels(

@@ -95,12 +95,13 @@ def decode(
 
 
 def warm_up(engine: Engine, prompt: str | list[int], chat: bool) -> None:
-    """A few tokens that nobody counts, so that no measurement pays for first calls.
+    """A few tokens behind the beginning of the prompt that nobody counts, so that no measurement pays for first calls.
 
-    Only the beginning of the prompt is taken: a drafter or cache that remembers it gains little.
+    The pages that it leaves for others are dropped, or the measured prompt would find itself computed.
     """
     token_ids = encode(engine.target, prompt, chat)[:64]
     engine.generate([token_ids], SamplingParams(max_new_tokens=16, ignore_eos=True, seed=0))
+    engine.prefixes.evict(engine.prefixes.num_idle)
 
 
 def _add_counts(total: list[int], counts: Sequence[int]) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from specdec.config import EngineConfig, StreamCheckConfig
 from specdec.engine import Engine
-from specdec.experiments.building import build, sampling_params
+from specdec.experiments.campaign import campaign
 from specdec.experiments.contenders import system_config
 from specdec.experiments.resume import Measurements, digest
 from specdec.experiments.streams import Stream, StreamResult, differing, draw_stream, run_stream
@@ -24,12 +24,11 @@ from specdec.experiments.system import (
     rule_and_policy,
     target_name,
 )
-from specdec.experiments.workload import Lengths, LoadRequest, Workload, read_mixture
+from specdec.experiments.workload import LoadRequest, Workload
 from specdec.live import LiveState, LiveView, Meter, engine_gauges
 from specdec.model import PagedModel
 from specdec.provenance import device_name, provenance
 from specdec.request import Token
-from specdec.tracking import Tracker
 
 
 def run(config: StreamCheckConfig, command: str) -> int:
@@ -48,29 +47,20 @@ def run(config: StreamCheckConfig, command: str) -> int:
                 f"systems: {name}: under rule={rule.name} a text is another one than plain decoding's, and no worse; use "
                 f"rule={' or '.join(SAME_TEXT)}, or temperatures=[0]"
             )
-    tracker: Tracker = build(config.tracking)
-    Path(config.work_dir).mkdir(parents=True, exist_ok=True)
-    raw = Measurements(Path(config.work_dir) / "raw.jsonl")
-    try:
-        tracker.start({**asdict(config), "provenance": provenance(command)})
+    with campaign(config, command, "streams") as work:
         target = load_target(config.target)
         systems = {name: load_system(one) for name, one in configs.items()}
         requests = workload.requests(target, config.num_requests)
-        check = _Check(config, target, systems, raw)
+        check = _Check(config, target, systems, work.raw)
         with LiveView() as view:
             row = check.row(requests, view)
-        row |= {**provenance(command), "resumed_measurements": raw.num_resumed}
-        tracker.row(row)
-        tracker.summary({"num_differing": row["num_differing"]})
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"streams are in {raw.shown_path}; go on with work_dir={config.work_dir}") from None
-    finally:
-        raw.finish()
-        tracker.finish()
+        row |= {**provenance(command), "resumed_measurements": work.raw.num_resumed}
+        work.tracker.row(row)
+        work.tracker.summary({"num_differing": row["num_differing"]})
     print(
         f"{row['num_requests']} requests, {row['num_cancelled']} cancelled, {row['num_preemptions']} preemptions, "
         f"{row['num_prefix_tokens']} prompt tokens shared: {row['num_differing']} differ from plain decoding alone; "
-        f"row in {tracker.shown_path}",
+        f"row in {work.tracker.shown_path}",
         flush=True,
     )
     return 0 if row["passed"] else 1
@@ -83,18 +73,10 @@ def _check(config: StreamCheckConfig) -> Workload:
         raise ValueError(
             f"systems and temperatures must each name at least one, cancel_share={config.cancel_share} lie in [0, 1]"
         )
-    params = sampling_params(config.sampling)
+    workload = Workload.read(config)
     for temperature in config.temperatures:
-        replace(params, temperature=temperature)
-    return Workload(
-        read_mixture([], config, config.prompts),
-        replace(params, seed=params.with_seed()),
-        config.seed,
-        Lengths.of(config.prompt_length, "prompt_length"),
-        Lengths.of(config.output_length, "output_length"),
-        config.prefix_tokens,
-        config.prefix_share,
-    )
+        replace(workload.params, temperature=temperature)
+    return workload
 
 
 @dataclass

@@ -9,7 +9,8 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from specdec.config import LengthConfig, PromptsConfig, PromptSetConfig
+from specdec.config import LengthConfig, LoadConfig, PromptsConfig, PromptSetConfig, StreamCheckConfig
+from specdec.experiments.building import sampling_params
 from specdec.experiments.prompts import check_chat, read_prompts, uses_chat, wrap
 from specdec.experiments.resume import digest
 from specdec.model import PagedModel
@@ -104,6 +105,20 @@ class Workload:
     output_length: Lengths | None = None
     prefix_tokens: int = 0
     prefix_share: float = 0.0
+
+    @staticmethod
+    def read(config: LoadConfig | StreamCheckConfig, mixture: Seq[PromptSetConfig] = ()) -> Workload:
+        """From a config's prompts, or a mixture of them; its seed is drawn where there is none."""
+        params = sampling_params(config.sampling)
+        return Workload(
+            read_mixture(mixture, config, config.prompts),
+            replace(params, seed=params.with_seed()),
+            config.seed,
+            Lengths.of(config.prompt_length, "prompt_length"),
+            Lengths.of(config.output_length, "output_length"),
+            config.prefix_tokens,
+            config.prefix_share,
+        )
 
     def __post_init__(self) -> None:
         if not 0 <= self.prefix_share <= 1 or self.prefix_tokens < 0:

@@ -152,15 +152,11 @@ class _Service:
     async def _events(
         self, tokens: TokenStream, reply: Reply, num_choices: int, num_samples: int
     ) -> AsyncIterator[dict[str, Any]]:
-        results, logprobs = list[Result](), [handle.request._logprobs for handle in tokens.handles]
-        shown = [0] * num_choices
+        results: list[Result] = []
         for choice in reply.first_chunks(num_choices):
             yield reply.part([choice])
         async for token in tokens:
-            own = logprobs[token.index]
-            logprob = None if own is None else own[shown[token.index]]
-            shown[token.index] += 1
-            if (chunk := reply.chunk(token, logprob)) is not None:
+            if (chunk := reply.chunk(token)) is not None:
                 yield reply.part([chunk])
             if token.result is not None:
                 self.monitor.finished(token.result)

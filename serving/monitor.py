@@ -10,6 +10,7 @@ from prometheus_client.registry import Collector
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from specdec.async_engine import AsyncEngine
+from specdec.latency import inter_token_gaps
 from specdec.request import Result
 
 # Seconds, from a small model on an accelerator to a long prompt on a processor; and tokens per forward.
@@ -50,7 +51,7 @@ class Monitor:
         self._tau.observe(metrics.tau)
         self._drafted.inc(metrics.num_drafted)
         self._accepted.inc(sum(metrics.accepted_by_depth))
-        for gap in metrics.inter_token_s:
+        for gap in inter_token_gaps(metrics.emissions):
             self._gap.observe(gap)
 
     def counting(self, app: ASGIApp) -> ASGIApp:

@@ -27,7 +27,7 @@ class Reply(Protocol):
 
     def first_chunks(self, num_choices: int) -> list[Json]: ...
 
-    def chunk(self, token: Token, logprob: Logprob | None) -> Json | None: ...
+    def chunk(self, token: Token) -> Json | None: ...
 
     def whole(self, choices: list[Json], usage: Json | None = None) -> Json: ...
 
@@ -86,8 +86,8 @@ class CompletionReply(_Reply):
             return []
         return [_text_choice(i, self._echo(i)) for i in range(num_choices)]
 
-    def chunk(self, token: Token, logprob: Logprob | None) -> Json | None:
-        logprobs = None if logprob is None else [logprob]
+    def chunk(self, token: Token) -> Json | None:
+        logprobs = _logprobs_of(token)
         if not token.text and token.result is None and logprobs is None and not self.returns_ids:
             return None
         shown = self._logprobs(token.index, [token.token_id], logprobs)
@@ -133,8 +133,8 @@ class ChatReply(_Reply):
         """The role that speaks."""
         return [_delta(i, {"role": "assistant", "content": ""}) for i in range(num_choices)]
 
-    def chunk(self, token: Token, logprob: Logprob | None) -> Json | None:
-        logprobs = None if logprob is None else [logprob]
+    def chunk(self, token: Token) -> Json | None:
+        logprobs = _logprobs_of(token)
         if not token.text and token.result is None and logprobs is None and not self.returns_ids:
             return None
         shown = self._logprobs([token.token_id], logprobs)
@@ -181,6 +181,10 @@ def _text_choice(index: int, text: str, logprobs: Json | None = None, reason: st
 
 def _delta(index: int, delta: Json, logprobs: Json | None = None, reason: str | None = None) -> Json:
     return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
+
+
+def _logprobs_of(token: Token) -> list[Logprob] | None:
+    return None if token.logprob is None else [(token.logprob, token.top_logprobs or {})]
 
 
 def _reason(token: Token) -> str | None:

@@ -229,7 +229,6 @@ class AsyncEngine:
             return
         self._leave(len(prompts) - len(handles))
         if handles:
-            stream.handles = list(handles.values())
             self._streams[stream] = handles
             self._owners.update(dict.fromkeys(handles, stream))
         # Where the reader has cancelled meanwhile, its own call follows in the inbox.
@@ -268,17 +267,15 @@ class AsyncEngine:
     def _recover(self, error: Exception) -> None:
         """Fails the requests that the step computed; the engine goes on where its pages check out without them."""
         self._num_failures += 1
-        running = {request.id for request in self.engine.running}
         for stream, handles in list(self._streams.items()):
-            # One that ended in the step is not running any more, and its tokens are lost like the others'.
-            if any(handle.is_done or id in running for id, handle in handles.items()):
+            # Whatever was in the step has ended with it; the tokens that it had are lost.
+            if any(handle.is_done for handle in handles.values()):
                 self._stop(stream, StepFailed(error))
         try:
             self.engine.check()
         except AssertionError as broken:
             raise broken from error
-        # One that ended in the step cannot be cancelled any more; where it is still there, nothing will ever take it out.
-        if self.engine.running or self._num_failures >= MAX_FAILURES:
+        if self._num_failures >= MAX_FAILURES:
             raise error
 
     def _die(self, error: Exception) -> None:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
+Size = TypeVar("Size")
 
 
 @dataclass(frozen=True)
@@ -46,14 +48,12 @@ class TargetCost:
     @staticmethod
     def fit(measured: Seq[tuple[TargetSize, float]]) -> TargetCost:
         """The least relative squares over all measurements with every coefficient >= 0, so more never costs less."""
-        if not measured:
-            raise ValueError("no step was measured: a cost model needs at least one forward of the target")
         knots = tuple(sorted({size.num_rows for size, _ in measured}))
-        features = [
-            [1.0, *_steps(knots, size.num_rows), size.num_sequences - 1, size.context, _pairs(size)]
-            for size, _ in measured
-        ]
-        first, *rest = _non_negative_fit(features, [seconds for _, seconds in measured])
+
+        def features(size: TargetSize) -> list[float]:
+            return [1.0, *_steps(knots, size.num_rows), size.num_sequences - 1, size.context, _pairs(size)]
+
+        first, *rest = _fit(measured, features, "step")
         curve = [first]
         for step in rest[:-3]:
             curve.append(curve[-1] + step)
@@ -77,10 +77,10 @@ class DraftCost:
 
     @staticmethod
     def fit(measured: Seq[tuple[DraftSize, float]]) -> DraftCost:
-        if not measured:
-            raise ValueError("no draft was measured: a cost model needs at least one")
-        features = [[1.0, size.num_levels, size.num_nodes, size.num_caught_up] for size, _ in measured]
-        return DraftCost(*_non_negative_fit(features, [seconds for _, seconds in measured]))
+        def features(size: DraftSize) -> list[float]:
+            return [1.0, size.num_levels, size.num_nodes, size.num_caught_up]
+
+        return DraftCost(*_fit(measured, features, "draft"))
 
     def predict(self, levels_C: Array, nodes_C: Array, caught_up_C: Array) -> Array:
         """Seconds [C]; nothing where no level is drafted."""
@@ -122,14 +122,14 @@ class CostModel:
         self._drift += self._DRIFT * error
         weight_K = np.array(_hats(self.target.knots, size.num_rows))
         self._seen_K += weight_K
-        self._bend_K += np.maximum(0.4 / np.maximum(self._seen_K, 1), self._SLOWEST) * weight_K * error
+        self._bend_K += np.maximum(0.5 / (1 + np.maximum(self._seen_K, 1)), self._SLOWEST) * weight_K * error
         self._curve = self._bent()
 
     def observe_draft(self, size: DraftSize, seconds: float) -> None:
         """A draft of this size took `seconds`."""
         sizes = (np.array(n, dtype=float) for n in (size.num_levels, size.num_nodes, size.num_caught_up))
         self._num_drafts += 1
-        step = max(0.4 / self._num_drafts, self._SLOWEST)
+        step = max(0.5 / (1 + self._num_drafts), self._SLOWEST)
         self._draft_bend += step * self._error(seconds, float(self.draft_s(*sizes)))
 
     def _bent(self) -> tuple[Array, Array]:
@@ -178,6 +178,13 @@ def _hats(knots: Seq[float], rows: int) -> list[float]:
 
 def _pairs(size: TargetSize) -> float:
     return size.num_rows * size.context / max(size.num_sequences, 1)
+
+
+def _fit(measured: Seq[tuple[Size, float]], features: Callable[[Size], list[float]], what: str) -> list[float]:
+    """Coefficients >= 0 of the features with the least squares of relative errors. Raises ValueError for no measurements."""
+    if not measured:
+        raise ValueError(f"no {what} was measured: a cost model needs at least one")
+    return _non_negative_fit([features(size) for size, _ in measured], [seconds for _, seconds in measured])
 
 
 def _non_negative_fit(features: Seq[Seq[float]], seconds: Seq[float], sweeps: int = 3000) -> list[float]:

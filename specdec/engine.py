@@ -99,7 +99,7 @@ class Engine:
         request = handle.request
         if request.result is None:
             self._scheduler.remove(request)
-            request.cancel()
+            request.end("cancelled")
             self._counts.num_cancelled += 1
 
     @property
@@ -188,11 +188,23 @@ class Engine:
                 handle.cancel()
 
     def step(self) -> list[Token]:
-        """One forward of the target for everything that runs, and the tokens that became final; none when idle."""
+        """One forward of the target for everything that runs, and the tokens that became final; none when idle.
+
+        Where it raises, the requests that it computed have ended, `failed` unless they had come to their end, and hold nothing
+        any more; the others can go on.
+        """
         start = time.perf_counter()
         if self.is_idle:
             return []
-        step = self._scheduler.plan()
+        step = None
+        try:
+            step = self._scheduler.plan()
+            return self._advance(step, start)
+        except BaseException:
+            self._scheduler.abandon(step)
+            raise
+
+    def _advance(self, step: Plan, start: float) -> list[Token]:
         noise = CounterNoise(
             [one.seed for one in step.verifying],
             [one.round for one in step.verifying],
@@ -281,6 +293,7 @@ class Engine:
                     one.token_ids[begin + computed],
                     path if chunk == 0 and row is not None else None,
                     verdict.hidden.get(one.id, {}),
+                    one,
                 )
             )
         self.drafter.observe(commits)

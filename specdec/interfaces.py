@@ -85,7 +85,8 @@ class Commit:
 
     `token_ids` lie at positions `start`, `start` + 1, ...; `next_token` follows them, is final too and has not been
     through the target yet (the next root). `nodes` are their node indices in the last proposed tree (root first; None for
-    a prompt chunk), `hidden` the target's states of exactly these tokens for each of the drafter's `feature_layers`.
+    a prompt chunk), `hidden` the target's states of exactly these tokens for each of the drafter's `feature_layers`. With its
+    `sequence` a drafter can read along on the pages; without (None) it reads when it is asked for a tree.
     """
 
     sequence_id: int
@@ -94,6 +95,7 @@ class Commit:
     next_token: int
     nodes: list[int] | None
     hidden: dict[int, Tensor]
+    sequence: Sequence | None = None
 
 
 class Drafter(Protocol):

@@ -46,13 +46,6 @@ class RequestMetrics:
         return self.first_token_s - self.submit_s if self.emissions else 0.0
 
     @property
-    def inter_token_s(self) -> list[float]:
-        """Inter-token latency of every token behind the first step's: tokens of one step arrive together, so each of them
-        counts the gap since the step before, divided by their number."""
-        pairs = zip(self.emissions, self.emissions[1:], strict=False)
-        return [(end - start) / count for (start, _), (end, count) in pairs for _ in range(count)]
-
-    @property
     def total_s(self) -> float:
         return self.end_s - self.submit_s
 
@@ -105,6 +98,7 @@ class EngineMetrics:
     num_requests: int = 0
     num_finished: int = 0
     num_cancelled: int = 0
+    num_failed: int = 0
     num_steps: int = 0
     num_sequence_steps: int = 0
     num_prompt_tokens: int = 0

@@ -5,8 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import jinja2
 
@@ -24,8 +24,9 @@ Prompt = str | Seq[int] | Seq[Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class Result:
-    """A finished request. `finish_reason` is `stop` (an end id or stop string), `length` or `cancelled`; the token that ended
-    it is in `token_ids`, a stop string is not in `text`. `logprobs` per token: its own and the alternatives asked for."""
+    """A finished request. `finish_reason` is `stop` (an end id or stop string), `length`, `cancelled`, or `failed` where a step
+    that computed it raised; the token that ended it is in `token_ids`, a stop string is not in `text`. `logprobs` per token:
+    its own and the alternatives asked for."""
 
     index: int
     prompt: str | None
@@ -41,13 +42,15 @@ class Result:
 @dataclass(frozen=True)
 class Token:
     """One final token of request `id`, prompt `index` of its caller, and the text that became certain with it; the last one
-    carries the result."""
+    carries the result. `logprob` and those of the likeliest alternatives are None where none were asked for."""
 
     id: int
     index: int
     token_id: int
     text: str
     result: Result | None = None
+    logprob: float | None = None
+    top_logprobs: dict[int, float] | None = None
 
 
 class Request:
@@ -91,7 +94,7 @@ class Request:
 
     def append(self, tokens: list[int], logprobs: list[tuple[float, dict[int, float]]] | None) -> list[Token]:
         """Takes the step's final tokens one by one until something ends the request."""
-        out = []
+        texts: list[str] = []
         for i, token in enumerate(tokens):
             self.sequence.token_ids.append(token)
             if self._logprobs is not None and logprobs is not None:
@@ -100,27 +103,29 @@ class Request:
             reason = self._ended_by(token)
             if reason is not None:
                 text += self._text.finish() if self._text is not None else ""
-            out.append((token, text))
+            texts.append(text)
             if reason is not None:
                 break
         now = time.perf_counter()
-        self.metrics.emissions.append((now, len(out)))
-        self.metrics.num_new_tokens += len(out)
+        self.metrics.emissions.append((now, len(texts)))
+        self.metrics.num_new_tokens += len(texts)
         if reason is not None:
             self._finish(reason, now)
-        last = len(out) - 1
-        new = [
-            Token(self.id, self.index, token, text, self.result if i == last else None)
-            for i, (token, text) in enumerate(out)
-        ]
+        # What the end of the request has cut off has no text.
+        new = [Token(self.id, self.index, token, text) for token, text in zip(tokens, texts, strict=False)]
+        if logprobs is not None:
+            pairs = zip(new, logprobs, strict=False)
+            new = [replace(token, logprob=own, top_logprobs=best) for token, (own, best) in pairs]
+        new[-1] = replace(new[-1], result=self.result)
         self.tokens += new
         return new
 
-    def cancel(self) -> None:
+    def end(self, reason: Literal["cancelled", "failed"]) -> None:
         """Ends it as it stands."""
-        if self._text is not None:
+        # Decoding the rest of the text may be what failed.
+        if self._text is not None and reason == "cancelled":
             self._text.finish()
-        self._finish("cancelled", time.perf_counter())
+        self._finish(reason, time.perf_counter())
 
     def _ended_by(self, token: int) -> str | None:
         if token in self._stop_ids or (self._text is not None and self._text.stopped):

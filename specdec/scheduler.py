@@ -83,13 +83,26 @@ class Scheduler:
                 self.remove(request)
                 self._metrics.num_finished += 1
 
+    def abandon(self, step: Plan | None) -> None:
+        """Takes out the requests of a step that broke off (None: all that hold pages, for it was still being planned), since
+        how far they have been computed is not known any more; those that have not ended fail."""
+        ids = None if step is None else {one.id for one in step.sequences}
+        for request in (*self.running, *self.waiting):
+            if request.id in ids if ids is not None else request.sequence.table.pages:
+                self.remove(request)
+                if request.result is None:
+                    request.end("failed")
+                    self._metrics.num_failed += 1
+                else:
+                    self._metrics.num_finished += 1
+            elif ids is None:
+                # One that was about to begin may have found a prefix already.
+                self._release(request)
+
     def remove(self, request: Request) -> None:
         """Takes out a request that has ended or is not wanted any more; its pages are free then."""
-        if request in self.running:
-            self.running.remove(request)
-            self._release(request)
-        else:
-            self.waiting.remove(request)
+        (self.running if request in self.running else self.waiting).remove(request)
+        self._release(request)
 
     def _keep_running(self) -> None:
         at = 0

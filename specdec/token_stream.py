@@ -6,7 +6,6 @@ import asyncio
 from collections import deque
 from collections.abc import Callable
 
-from specdec.handle import Handle
 from specdec.request import Token
 
 
@@ -24,8 +23,6 @@ class TokenStream:
         self._on_cancel = on_cancel
         self._num_open = num_requests
         self.is_cancelled = False
-        # Set by the engine's thread before `opened` returns, in the order of the prompts.
-        self.handles: list[Handle] = []
 
     def __aiter__(self) -> TokenStream:
         return self

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -85,6 +86,9 @@ class World:
         grown: Grown = policy.grow(draft, noise)
         self.now += self.level_s * len(draft.levels) + self.node_s * sum(draft.levels)
         return grown.tree
+
+    def covered(self, sequence_id: int) -> int:
+        return sys.maxsize
 
     def step(self, speculation, policy) -> None:
         plan = Plan(self.sequences, [0] * len(self.sequences), self.sequences, [])

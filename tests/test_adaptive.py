@@ -11,7 +11,7 @@ from simulated import Always, World
 
 from specdec import Engine, PagedModel, SamplingParams
 from specdec.cost import CostModel, DraftCost, TargetCost
-from specdec.drafters import Mixed, NGramDrafter, Sampled, SmallModelDrafter, Static, TopK, chain
+from specdec.drafters import Mixed, NGramDrafter, Sampled, SmallModelDrafter, Static, TopK, adaptive, chain
 from specdec.drafters.adaptive import AdaptiveSpeculation
 from specdec.drafters.choosing import Load, Options, choose, keep_best
 from specdec.drafters.pruning import prune
@@ -158,6 +158,23 @@ def test_a_request_that_recovers_is_found_again() -> None:
     assert np.mean(world.drafted[60:80]) < 0.2
     world.run(speculation, policy, steps=150)
     assert np.mean(world.drafted[-30:]) > 2
+
+
+def test_where_nothing_pays_there_is_a_choice_every_few_steps(monkeypatch) -> None:
+    calls = []
+    monkeypatch.setattr(adaptive, "choose", lambda *given: calls.append(world.steps) or choose(*given))
+    world, policy = World(2, lambda row, step: [0.0], linear, 0.004, 1e-4), chain(4)
+    speculation = AdaptiveSpeculation(policy, world.costs(), explore=0.0, clock=lambda: world.now)
+    world.run(speculation, policy, steps=100, skip=20)
+    assert np.diff(calls[-10:]).tolist() == [8] * 9
+    assert speculation.counts.num_rows == 240
+    # Who comes or goes is chosen for at once.
+    gone = world.sequences.pop()
+    for batch in (world.sequences, [*world.sequences, gone]):
+        world.sequences = batch
+        for _ in range(3):
+            world.step(speculation, policy)
+        assert calls[-2:] == [world.steps - 3, world.steps - 1]
 
 
 def test_wrong_costs_are_put_right_by_what_steps_take() -> None:

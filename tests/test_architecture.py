@@ -39,7 +39,7 @@ def _module_name(path: Path) -> str:
 
 def _library_files() -> list[Path]:
     folders = [path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py")]
-    return sorted([*(ROOT / "specdec").glob("*.py"), *folders])
+    return sorted([*(ROOT / "specdec").glob("*.py"), *(ROOT / "specdec" / "config").glob("*.py"), *folders])
 
 
 def _imports(source: str, module: str, is_package: bool = False) -> Iterator[str]:
@@ -94,6 +94,7 @@ def test_arrows_run_one_way():
         ("specdec.serving.app", "from specdec.drafters import NGramDrafter"),
         ("specdec.serving.app", "from specdec.experiments.building import build"),
         ("specdec.config", "import specdec.drafters.ngram"),
+        ("specdec.config.runs", "import specdec.drafters.ngram"),
         ("specdec.drafters.ngram", "from hydra.utils import instantiate"),
         ("specdec.drafters.training.loop", "from ...verifiers import RULES"),
         ("specdec.verifiers.follow", "from ..drafters import ngram"),

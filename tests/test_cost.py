@@ -61,7 +61,7 @@ def test_a_slower_machine_is_followed_at_sizes_never_seen(model: CostModel) -> N
         model.observe_step(TargetSize(4, 1, 20), 2 * truth(TargetSize(4, 1, 20)))
     after = model.step_s(np.array([1.0, 4.0, 16.0, 64.0]), 1, 20)
     assert after[1] == pytest.approx(2 * truth(TargetSize(4, 1, 20)), rel=0.05)
-    assert (after[[0, 2, 3]] > 1.25 * before).all()
+    assert (after[[0, 2, 3]] > 1.3 * before).all()
 
 
 def test_what_grows_with_the_tree_is_learned_where_it_is_seen(model: CostModel) -> None:
@@ -77,7 +77,7 @@ def test_one_pause_of_the_machine_moves_little(model: CostModel) -> None:
     size = TargetSize(4, 1, 20)
     before = float(model.step_s(np.array(4.0), 1, 20))
     model.observe_step(size, 100.0)
-    assert float(model.step_s(np.array(4.0), 1, 20)) < 1.3 * before
+    assert float(model.step_s(np.array(4.0), 1, 20)) < 1.2 * before
 
 
 def test_a_draft_is_corrected_against_the_target(model: CostModel) -> None:

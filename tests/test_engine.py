@@ -110,6 +110,18 @@ def test_logprobs_are_those_of_the_plain_model(tiny, target, draft) -> None:
             assert list(top.values()) == pytest.approx(row.topk(3).values.tolist(), abs=1e-4)
 
 
+def test_tokens_carry_the_logprobs_of_their_result(target, draft) -> None:
+    for engine in engines(target, draft):
+        for logprobs in (None, 0, 2):
+            params = SamplingParams(max_new_tokens=9, stop_token_ids=(9,), logprobs=logprobs, ignore_eos=True)
+            tokens = list(engine.stream([PROMPT], params))
+            result = tokens[-1].result
+            if logprobs is None:
+                assert result.logprobs is None and {(one.logprob, one.top_logprobs) for one in tokens} == {(None, None)}
+            else:
+                assert [(one.logprob, one.top_logprobs) for one in tokens] == result.logprobs
+
+
 def test_seed_is_drawn_and_reported(target) -> None:
     engine = Engine(Verifier(target))
     params = SamplingParams(temperature=1.0, max_new_tokens=12, ignore_eos=True)

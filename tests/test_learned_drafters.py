@@ -252,7 +252,12 @@ MISTAKES = {
         "one.hidden[layer] for",
         "one.hidden[layer].roll(1, 0) for",
     ),
-    "drafts taken for computed": ("eagle_3", f"{LEVEL}.catch_up", "num_computed = end", "num_computed = end + 1"),
+    "drafts taken for computed": (
+        "eagle_3",
+        f"{LEVEL}._run_spans",
+        "num_computed = span.end",
+        "num_computed = span.end + 1",
+    ),
     "positions of drafted nodes": (
         "eagle_1",
         f"{LEVEL}.level",

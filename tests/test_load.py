@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from interruption import interrupted_after
 from rich.console import Console
 
 from specdec import PagedModel, SamplingParams, cli
@@ -21,7 +22,6 @@ from specdec.experiments.servers import EngineServer
 from specdec.experiments.system import System, plain_system
 from specdec.experiments.transformers_servers import ContinuousServer, StaticServer
 from specdec.experiments.workload import LoadRequest
-from specdec.tracking import JsonlTracker
 from specdec.verifiers import Follow
 
 FIELDS = set(
@@ -172,15 +172,8 @@ def test_a_sweep_is_measured_written_drawn_and_goes_on_where_it_was(model, capfd
         "prefix_share=1.0",
         "engine.max_batch_size=2",
     ]
-    write, kept = JsonlTracker.row, 5
-
-    def stop(self: JsonlTracker, row: dict) -> None:
-        write(self, row)
-        if self.path.name == "raw.jsonl" and len(self.path.read_text().splitlines()) == kept:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(JsonlTracker, "row", stop)
+    kept = 5
+    with interrupted_after(kept, monkeypatch):
         assert cli.main(words) == 130
     assert "go on with work_dir=work" in capfd.readouterr().err and not Path("rows.jsonl").exists()
 

@@ -86,7 +86,7 @@ def _wheel_contents() -> list[str]:
     yamls = (ROOT / "configs").rglob("*.yaml")
     heads = [path for end in ("safetensors", "json", "md") for path in (ROOT / "heads").rglob(f"*.{end}")]
     inside = [Path("specdec") / path.relative_to(ROOT) for path in (*modules, *yamls, *heads)]
-    core = [path.relative_to(ROOT) for path in (ROOT / "specdec").glob("*.py")]
+    core = [path.relative_to(ROOT) for place in ("*.py", "config/*.py") for path in (ROOT / "specdec").glob(place)]
     return sorted(path.as_posix() for path in (*inside, *core))
 
 

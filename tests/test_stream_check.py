@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from interruption import interrupted_after
 
 from specdec import PagedModel, SamplingParams, cli
 from specdec.config import EngineConfig
@@ -16,7 +17,6 @@ from specdec.experiments.streams import StreamResult, differing, draw_stream, ru
 from specdec.experiments.system import System
 from specdec.experiments.workload import LoadRequest
 from specdec.request import Request
-from specdec.tracking import JsonlTracker
 from specdec.verifiers import Follow
 
 REQUESTS = [
@@ -85,15 +85,8 @@ def words(tiny, tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> l
 
 
 def test_the_check_writes_a_row_and_goes_on_where_it_was(words, capfd, monkeypatch) -> None:
-    write, kept = JsonlTracker.row, 6
-
-    def stop(self: JsonlTracker, row: dict) -> None:
-        write(self, row)
-        if self.path.name == "raw.jsonl" and len(self.path.read_text().splitlines()) == kept:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(JsonlTracker, "row", stop)
+    kept = 6
+    with interrupted_after(kept, monkeypatch):
         assert cli.main(words) == 130
     assert "go on with work_dir=work" in capfd.readouterr().err
     assert cli.main(words) == 0

@@ -1,0 +1,130 @@
+"""The commands that measure and check: benchmark, certify, acceptance, accuracies, load, stream_check."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from omegaconf import MISSING
+
+from specdec.config.components import DrafterConfig, EngineConfig, SamplingConfig, TargetConfig, TrackingConfig
+from specdec.config.runs import PromptsConfig, RunConfig, SystemConfig, SystemsConfig, WorkloadConfig
+
+
+@dataclass
+class ContenderConfig(SystemConfig):
+    """One of the benchmark's systems; its drafter takes dtype and device from the target."""
+
+    target: TargetConfig = field(default_factory=TargetConfig)
+
+
+@dataclass
+class BenchmarkConfig(RunConfig):
+    """`prompts` names the prompt set in rows (None: the file's name). An item of `systems` holds the overrides that one
+    would give to `generate`; `draft` is also the draft model of transformers' own assisted generation. `transformers` false
+    leaves out its contenders; any sampling goes then."""
+
+    prompts: str | None = None
+    systems: list[str] = MISSING
+    draft: str | None = None
+    transformers: bool = True
+    work_dir: str = MISSING
+
+
+@dataclass
+class CertifyConfig(SystemsConfig, PromptsConfig):
+    """`level` quick, full, real or all; `rules` names the rules (none: all of them). All else is for the levels real and all.
+
+    Laws are tested in `dtype` and at `temperatures`, on `num_tokens` tokens per system and temperature; rounding is counted
+    in the target's own dtype on the first `num_judged` prompts, one at a time.
+    """
+
+    level: str = MISSING
+    rules: list[str] = MISSING
+    target: TargetConfig = field(default_factory=TargetConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    prompts: str | None = None
+    dtype: str = MISSING
+    num_tokens: int = MISSING
+    alpha: float = MISSING
+    num_judged: int = MISSING
+    output: str = MISSING
+    work_dir: str = MISSING
+
+
+@dataclass
+class AcceptanceConfig(RunConfig):
+    """`policies` holds the overrides of `drafter/policy` that one would give to `generate`, `rules` names (none: all). Of each
+    text every `stride`-th token is a root; a tree is judged with `num_repeats` seeds at once, so memory grows with
+    `num_repeats` x nodes x vocabulary. `prompts` names the prompt set in rows (None: the file's name)."""
+
+    prompts: str | None = None
+    drafter: DrafterConfig = field(default_factory=DrafterConfig)
+    draft: str | None = None
+    policies: list[str] = MISSING
+    rules: list[str] = MISSING
+    temperatures: list[float] = MISSING
+    stride: int = MISSING
+    num_repeats: int = MISSING
+    allow_lossy: bool = False
+    work_dir: str = MISSING
+
+
+@dataclass
+class AccuraciesConfig:
+    """How often the drafter's guesses are right on `limit` held-out records (None: all) of `data`, one folder or a list, and
+    the best static trees of `totals` nodes, roots included; see `specdec.drafters.accuracies.measure_accuracies`."""
+
+    target: TargetConfig = field(default_factory=TargetConfig)
+    drafter: DrafterConfig = field(default_factory=DrafterConfig)
+    draft: str | None = None
+    data: Any = MISSING
+    limit: int | None = MISSING
+    depth: int = MISSING
+    num_ranks: int = MISSING
+    stride: int = MISSING
+    batch_size: int = MISSING
+    totals: list[int] = MISSING
+    folder: str = MISSING
+
+
+@dataclass
+class PromptSetConfig(PromptsConfig):
+    """One prompt set of a mixture, drawn from with `weight`; `name` is what rows call it (None: the file's name)."""
+
+    name: str | None = None
+    weight: float = 1.0
+
+
+@dataclass
+class LoadConfig(SystemConfig, WorkloadConfig, RunConfig):
+    """Requests from `prompt_file` or a `mixture` of sets, sent before `duration_s` (None: whenever).
+
+    Each of `concurrencies` is a closed loop of so many users, each of `rates` an open one of so many requests per second.
+    Each of `contenders` serves every point `num_repeats` times, with pages shared or not as `share_prefixes` lists
+    (none: as the engine does).
+    """
+
+    mixture: list[PromptSetConfig] = field(default_factory=list)
+    concurrencies: list[int] = MISSING
+    rates: list[float] = MISSING
+    duration_s: float | None = None
+    contenders: list[str] = MISSING
+    share_prefixes: list[bool] = MISSING
+    num_repeats: int = MISSING
+    work_dir: str = MISSING
+
+
+@dataclass
+class StreamCheckConfig(SystemsConfig, WorkloadConfig):
+    """Requests in streams of `stream_length`, each through an engine of sizes drawn from the seed with the next of the systems,
+    each request at one of the temperatures; a share `cancel_share` is cancelled."""
+
+    target: TargetConfig = field(default_factory=TargetConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    cancel_share: float = MISSING
+    stream_length: int = MISSING
+    output: str = MISSING
+    work_dir: str = MISSING
