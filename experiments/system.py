@@ -64,6 +64,8 @@ def rule_and_policy(config: SystemConfig) -> tuple[AcceptanceRule, TreePolicy | 
     lossy and not allowed to be, or where the drafter lacks its model."""
     rule = build(config.rule)
     policy_config: Any = getattr(config.drafter, "policy", None)
+    if policy_config is None and hasattr(config.drafter, "policy"):
+        raise ValueError(f"drafter={config.drafter.label} needs a policy: give drafter/policy=top_k, static, ...")
     policy = None if policy_config is None else build(policy_config)
     if policy is not None and (reason := rule.accepts(policy.spec)):
         raise ValueError(f"rule={rule.name} is not exact for drafter/policy={policy_config.label}: {reason}")

@@ -136,7 +136,7 @@ class UnionConfig(DrafterConfig):
     first: DrafterConfig = field(default_factory=DrafterConfig)
     second: DrafterConfig = field(default_factory=DrafterConfig)
     enough: float = MISSING
-    policy: PolicyConfig = field(default_factory=PolicyConfig)
+    policy: PolicyConfig | None = field(default_factory=PolicyConfig)
 
 
 @dataclass

@@ -154,6 +154,8 @@ def test_a_union_takes_any_two_drafters(model_folder: str, drafts: dict[str, str
         load_system(compose("generate", "drafter=union", "draft=somewhere", "drafter@drafter.second=union"))
     with pytest.raises(ValueError, match="drafter=eagle needs a checkpoint"):
         load_system(compose("generate", "drafter=union"))
+    with pytest.raises(ValueError, match="drafter=ngram needs a policy"):
+        load_system(compose("generate", "drafter.policy=null"))
 
 
 def test_an_unknown_speculation_is_refused(model_folder: str) -> None:

@@ -249,7 +249,9 @@ def toy_union(world: World) -> UnionDrafter:
 def test_whole_generations_keep_the_law(rule: str, policy: TreePolicy) -> None:
     """What a union has learned shapes its trees, so each request is enumerated in an engine of its own."""
     world = World.tree(3, 7).select("sharp", "independent", "zeros")
-    assert generation_error(world, RULES[rule](), policy, 3, drafter=toy_union(world), max_batch=1) < TOLERANCE
+    # Races have far more outcomes than draws.
+    length = 2 if rule == "coupled" else 3
+    assert generation_error(world, RULES[rule](), policy, length, drafter=toy_union(world), max_batch=1) < TOLERANCE
 
 
 def test_trees_hold_what_the_parts_drafted_behind_the_very_text() -> None:
