@@ -34,6 +34,7 @@ class UnionDrafter:
         if not enough > 0:
             raise ValueError(f"enough={enough} must be > 0: a share of a tree's levels")
         self.members, self._enough = [Member(one) for one in drafters], enough
+        self.feature_layers: tuple[int, ...] = ()
         # Positions that any of them has to compute again.
         self.overlap = max(one.overlap for one in drafters)
 
@@ -41,14 +42,11 @@ class UnionDrafter:
     def drafters(self) -> list[Drafter]:
         return [member.drafter for member in self.members]
 
-    @property
-    def feature_layers(self) -> tuple[int, ...]:
-        return tuple(sorted({layer for one in self.drafters for layer in one.feature_layers}))
-
     def bind(self, target: PagedModel, pool: PagePool) -> None:
         self._vocab_size, self._device = target.vocab_size, target.device
         for member in self.members:
             member.bind(target, pool)
+        self.feature_layers = tuple(sorted({layer for one in self.drafters for layer in one.feature_layers}))
 
     def observe(self, commits: Seq[Commit]) -> None:
         for member in self.members:
