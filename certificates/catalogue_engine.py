@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from specdec import SamplingParams
-from specdec.certificates.mutants import Mutant, adaptively, in_generations, in_parameters
-from specdec.drafters import Static, chain
+from specdec.certificates.mutants import Mutant, adaptively, in_generations, in_parameters, in_unions
+from specdec.drafters import Static, TopK, chain
 from specdec.verifiers import Follow, Rejection
 
 COMMIT = "specdec.verifiers.verifier:Verifier._commit"
@@ -16,6 +16,8 @@ TREES = in_generations(Follow(), Static([[0], [1], [0, 0], [1, 0]]), length=4)
 WARM = in_parameters(Rejection(), chain(2, "iid"), SamplingParams(temperature=0.6, max_new_tokens=3))
 NUCLEUS = in_parameters(Rejection(), chain(2, "iid"), SamplingParams(temperature=1.0, top_p=0.7, max_new_tokens=3))
 
+UNION = in_unions(Follow(), TopK(total=8, depth=3, k=2))
+JOINED = "specdec.drafters.union:joined"
 ADAPTIVE = adaptively(Rejection(), chain(2, "iid"))
 
 ENGINE_MUTANTS = [
@@ -46,6 +48,28 @@ ENGINE_MUTANTS = [
         "if True:",
         ADAPTIVE,
         "construction",
+    ),
+    Mutant(
+        "a token that two drafters propose becomes two siblings",
+        JOINED,
+        "child_of.get((above, token))",
+        "None",
+        UNION,
+        "construction",
+    ),
+    Mutant(
+        "a joined node behind the parent that it has in its own drafter's tree",
+        JOINED,
+        "above = place[parent]",
+        "above = min(parent, len(tokens) - 1)",
+        UNION,
+    ),
+    Mutant(
+        "accepted nodes of the joined tree taken for a drafter's own",
+        "specdec.drafters.member:Member.observe",
+        "_translated(commit, self._follow(commit, draft, cells, hits))",
+        "[replace(commit, nodes=[min(node, len(draft.tokens) - 1) for node in commit.nodes])]",
+        UNION,
     ),
     Mutant(
         "stop token looked for at the end of the span only",

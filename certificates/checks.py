@@ -13,12 +13,14 @@ from specdec import SamplingParams
 from specdec.certificates.oracle import Scripts, TokenSpan, distance, enumerate_outcomes, law_of, recorded_prob
 from specdec.certificates.processes import Case, engine_laws, ragged_cases, toy_engine
 from specdec.certificates.reference import plain_outputs
-from specdec.certificates.worlds import KINDS, TableRound, World
+from specdec.certificates.worlds import KINDS, TableRound, ToyModel, World
 from specdec.cost import CostModel, DraftCost, DraftSize, TargetCost, TargetSize
+from specdec.drafters import NGramDrafter, SmallModelDrafter, UnionDrafter
 from specdec.drafters.adaptive import AdaptiveSpeculation
 from specdec.drafters.growth import GrowingPolicy, Grown
 from specdec.interfaces import AcceptanceRule, Drafter, Noise, TreePolicy
-from specdec.noise import RoundKey
+from specdec.noise import CounterNoise, RoundKey
+from specdec.sequence import Sequence
 from specdec.tree import DrawKind, TokenTree, TreeSpec
 
 TOLERANCE = 1e-12
@@ -132,6 +134,49 @@ def seed_mismatch(rule: AcceptanceRule, policy: GrowingPolicy) -> float:
         for tree in (None, policy)
     )
     return sum(one != other for one, other in zip(plain, drafted, strict=True)) / len(plain)
+
+
+def union_mismatch(rule: AcceptanceRule, policy: GrowingPolicy) -> float:
+    """The share of a union's trees that are not made of its drafters' paths alone, as many as there is room for, or where the
+    draft model among them does not draft as the world says that it drafts behind this very text."""
+    world = World.markov(vocab=5, order=2).select("sharp", "flat", "close", "independent")
+    wrong: list[bool] = []
+
+    class Watched(UnionDrafter):
+        def propose(self, sequences: Seq[Sequence], policy: TreePolicy, noise: Noise) -> TokenTree:
+            tree = super().propose(sequences, policy, noise)
+            tokens, parents, sizes = tree.tokens_BN.tolist(), tree.parents_BN.tolist(), tree.num_nodes_B.tolist()
+            for row, (one, size) in enumerate(zip(sequences, sizes, strict=True)):
+                drafts = [member.drafts[one.id] for member in self.members if one.id in member.drafts]
+                parts = [_paths(draft.tokens, draft.parents) for draft in drafts]
+                found, known = _paths(tokens[row][:size], parents[row][:size]), set[TokenSpan]().union(*parts)
+                room = min(policy.max_nodes - 1, len(known))
+                wrong.append(not found <= known or len(found) != room or size != room + 1)
+                if one.max_draft_depth:
+                    wrong[-1] |= parts[-1] != drawn_up(one)
+            return tree
+
+    def drawn_up(one: Sequence) -> set[TokenSpan]:
+        kind, state = one.token_ids[0], world.walk(one.token_ids[1:])
+        limit = min(policy.max_depth, one.max_draft_depth)
+        draft = TableRound(world, torch.tensor([kind]), torch.tensor([state]), [limit])
+        tree = policy.grow(draft, CounterNoise([0], [0], [0])).tree
+        return _paths(tree.tokens_BN[0].tolist(), tree.parents_BN[0].tolist())
+
+    model = SmallModelDrafter(ToyModel(world, world.draft_KCV, "draft"))  # type: ignore[arg-type]
+    drafter = Watched([NGramDrafter(), model], enough=2.0)
+    prompts = [[kind, token, *([token, kind] * 3)] for kind in range(len(world.kinds)) for token in range(5)]
+    params = [SamplingParams(temperature=0.7, seed=i, max_new_tokens=16) for i in range(len(prompts))]
+    toy_engine(world, rule, policy, drafter).generate(prompts, params)
+    return sum(wrong) / len(wrong)
+
+
+def _paths(tokens: Seq[int], parents: Seq[int]) -> set[TokenSpan]:
+    """The token path of every node but the root."""
+    paths: list[TokenSpan] = [()]
+    for token, parent in zip(tokens[1:], parents[1:], strict=True):
+        paths.append((*paths[parent], token))
+    return set(paths[1:])
 
 
 class Alternating:

@@ -21,7 +21,14 @@ from unittest.mock import patch
 import torch
 
 from specdec import SamplingParams
-from specdec.certificates.checks import PARAMETERS, adaptive_error, generation_error, parameters_error, recorded_error
+from specdec.certificates.checks import (
+    PARAMETERS,
+    adaptive_error,
+    generation_error,
+    parameters_error,
+    recorded_error,
+    union_mismatch,
+)
 from specdec.certificates.oracle import (
     BatchDependentError,
     KeyReusedError,
@@ -104,6 +111,11 @@ def in_recorded_laws(policy: GrowingPolicy) -> Check:
     """Error of the probability of drawn trees as their draws and laws tell it."""
     world = World.tree(3, policy.max_depth + 1)
     return Check("recorded law", partial(recorded_error, policy, world))
+
+
+def in_unions(rule: AcceptanceRule, policy: GrowingPolicy) -> Check:
+    """Share of the trees joined from several drafters' that these did not draft so, or drafted behind another text."""
+    return Check("other paths", partial(union_mismatch, rule, policy))
 
 
 def at_the_edges_of_chance(rule: AcceptanceRule, policy: GrowingPolicy) -> Check:

@@ -8,6 +8,7 @@ from specdec.drafters.medusa import MedusaDrafter
 from specdec.drafters.ngram import NGramDrafter
 from specdec.drafters.sampled import Mixed, Sampled, chain
 from specdec.drafters.small_model import SmallModelDrafter
+from specdec.drafters.union import UnionDrafter
 
 __all__ = [
     "Coupled",
@@ -19,6 +20,7 @@ __all__ = [
     "SmallModelDrafter",
     "Static",
     "TopK",
+    "UnionDrafter",
     "chain",
     "static",
 ]

@@ -92,7 +92,8 @@ class NGramDrafter(OffPages):
         if isinstance(policy, FixedPolicy):
             rows = [self._merge(self._index(one), policy, one.max_draft_depth) for one in sequences]
             trees = [(tokens, parents) for tokens, parents, _ in rows]
-            return TokenTree.from_lists(trees, self._vocab_size, [confidence for _, _, confidence in rows])
+            confidence = [confidence for _, _, confidence in rows]
+            return TokenTree.from_lists(trees, self._vocab_size, confidence, self._device)
         # Only laws are counted here, no likeliest tokens ranked.
         if not (isinstance(policy, GrowingPolicy) and policy.spec.is_sampled):
             raise ValueError(f"drafter ngram cannot follow the policy {type(policy).__name__}")

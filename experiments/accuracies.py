@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from specdec.config import AccuraciesConfig, NGramConfig
+from specdec.config import AccuraciesConfig, NGramConfig, UnionConfig
 from specdec.drafters.accuracies import RankAccuracies, measure_accuracies
 from specdec.drafters.choices import best_choices, expected_length
 from specdec.drafters.training.records import RecordSet, write_json
@@ -65,7 +65,7 @@ def run(config: AccuraciesConfig, command: str) -> int:
 
 
 def _check(config: AccuraciesConfig) -> None:
-    if isinstance(config.drafter, NGramConfig) or not hasattr(config.drafter, "policy"):
+    if isinstance(config.drafter, (NGramConfig, UnionConfig)) or not hasattr(config.drafter, "policy"):
         raise ValueError(f"drafter={config.drafter.label} has no network that ranks tokens: choose another drafter")
     check_draft(config.drafter)
     for name in ("depth", "num_ranks", "stride", "batch_size"):

@@ -28,11 +28,18 @@ def build(config: Any) -> Any:
 
     Raises what the object's own constructor raises.
     """
-    values = {key: value for key, value in asdict(config).items() if key != "policy"}
     try:
-        return instantiate(values, _convert_="all")
+        return instantiate(_without_policies(asdict(config)), _convert_="all")
     except InstantiationException as error:
         raise error.__cause__ or error from None
+
+
+def _without_policies(values: dict[str, Any]) -> dict[str, Any]:
+    return {
+        key: _without_policies(value) if isinstance(value, dict) else value
+        for key, value in values.items()
+        if key != "policy"
+    }
 
 
 def describe(config: Any) -> str:

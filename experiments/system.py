@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from specdec.config import DrafterConfig, EngineConfig, SystemConfig, TargetConfig
+from specdec.config import DrafterConfig, EngineConfig, SystemConfig, TargetConfig, UnionConfig
 from specdec.drafters.adaptive import AdaptiveSpeculation
+from specdec.drafters.union import check_policy
 from specdec.engine import Engine
 from specdec.experiments.building import build, describe
 from specdec.experiments.calibration import calibrated_costs
@@ -63,12 +64,16 @@ def rule_and_policy(config: SystemConfig) -> tuple[AcceptanceRule, TreePolicy | 
     lossy and not allowed to be, or where the drafter lacks its model."""
     rule = build(config.rule)
     policy_config: Any = getattr(config.drafter, "policy", None)
+    if policy_config is None and hasattr(config.drafter, "policy"):
+        raise ValueError(f"drafter={config.drafter.label} needs a policy: give drafter/policy=top_k, static, ...")
     policy = None if policy_config is None else build(policy_config)
     if policy is not None and (reason := rule.accepts(policy.spec)):
         raise ValueError(f"rule={rule.name} is not exact for drafter/policy={policy_config.label}: {reason}")
     if not rule.lossless and not config.allow_lossy:
         raise ValueError(f"rule={rule.name} is LOSSY: its output does not follow the target's law; allow_lossy=true")
     check_draft(config.drafter)
+    if policy is not None and isinstance(config.drafter, UnionConfig):
+        check_policy(policy)
     return rule, policy
 
 
@@ -129,14 +134,25 @@ def model_name(path: str) -> str:
 
 
 def check_draft(config: DrafterConfig) -> None:
-    """Raises ValueError where the drafter needs a draft model or head and none is named."""
+    """Raises ValueError where the drafter needs a draft model or head and none is named, or lacks a part."""
+    if isinstance(config, UnionConfig):
+        for name in ("first", "second"):
+            part = getattr(config, name)
+            if not hasattr(part, "_target_") or isinstance(part, UnionConfig):
+                raise ValueError(
+                    f"drafter.{name} must be a drafter of one tree: give drafter@drafter.{name}=ngram, ..."
+                )
+            check_draft(part)
     if getattr(config, "path", "") is None:
         what = "a draft model" if config.label == "small_model" else "a checkpoint of its head"
         raise ValueError(f"drafter={config.label} needs {what}: give draft=HUB_ID_OR_PATH")
 
 
 def drafter_label(config: DrafterConfig) -> str:
-    """What rows call the drafter: its kind, its model's name where it has one, and the part of the vocabulary it drafts."""
+    """What rows call the drafter: its kind, its model's name where it has one, and the part of the vocabulary it drafts; of a
+    union its parts."""
+    if isinstance(config, UnionConfig):
+        return f"{config.label}({drafter_label(config.first)}, {drafter_label(config.second)})"
     path, size = getattr(config, "path", None), getattr(config, "draft_vocab_size", None)
     part = "" if size is None else f", draft_vocab_size={size}"
     return config.label if path is None else f"{config.label}({model_name(path)}{part})"

@@ -85,8 +85,9 @@ class Commit:
 
     `token_ids` lie at positions `start`, `start` + 1, ...; `next_token` follows them, is final too and has not been
     through the target yet (the next root). `nodes` are their node indices in the last proposed tree (root first; None for
-    a prompt chunk), `hidden` the target's states of exactly these tokens for each of the drafter's `feature_layers`. With its
-    `sequence` a drafter can read along on the pages; without (None) it reads when it is asked for a tree.
+    a prompt chunk, and for tokens that this drafter did not draft), `hidden` the target's states of exactly these tokens for
+    each of the drafter's `feature_layers`. With its `sequence` a drafter can read along on the pages; without (None) it reads
+    when it is asked for a tree.
     """
 
     sequence_id: int

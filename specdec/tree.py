@@ -144,15 +144,17 @@ class TokenTree:
         rows: Seq[tuple[list[int], list[int]]],
         vocab_size: int | None = None,
         confidence: Seq[list[float]] | None = None,
+        device: torch.device | str = "cpu",
     ) -> TokenTree:
         """FIXED trees from ragged host lists of (tokens, parents), padded to the largest."""
         width = max(len(tokens) for tokens, _ in rows)
-        tokens_BN = torch.tensor([tokens + [0] * (width - len(tokens)) for tokens, _ in rows])
-        parents_BN = torch.tensor([parents + [-1] * (width - len(parents)) for _, parents in rows])
-        num_nodes_B = torch.tensor([len(tokens) for tokens, _ in rows])
+        tokens_BN = torch.tensor([tokens + [0] * (width - len(tokens)) for tokens, _ in rows], device=device)
+        parents_BN = torch.tensor([parents + [-1] * (width - len(parents)) for _, parents in rows], device=device)
+        num_nodes_B = torch.tensor([len(tokens) for tokens, _ in rows], device=device)
         confidence_BN = None
         if confidence is not None:
-            confidence_BN = torch.tensor([[*one, *[torch.nan] * (width - len(one))] for one in confidence])
+            filled = [[*one, *[torch.nan] * (width - len(one))] for one in confidence]
+            confidence_BN = torch.tensor(filled, device=device)
         return TokenTree.from_parents(tokens_BN, parents_BN, num_nodes_B, vocab_size, confidence_BN)
 
     @staticmethod

@@ -11,7 +11,7 @@ from hydra.errors import ConfigCompositionException
 from omegaconf.errors import MissingMandatoryValue
 
 from specdec import config as configs
-from specdec.drafters import EagleDrafter, MedusaDrafter, NGramDrafter, SmallModelDrafter
+from specdec.drafters import EagleDrafter, MedusaDrafter, NGramDrafter, SmallModelDrafter, UnionDrafter
 from specdec.drafters.heads import EagleHead, MedusaConfig, MedusaHeads
 from specdec.drafters.heads.formats import save_head
 from specdec.drafters.training.params import TrainingParams
@@ -85,13 +85,20 @@ def drafts(model_folder, tmp_path_factory) -> dict[str, str]:
     save_head(medusa, folder / "tiny-medusa")
     save_head(EagleHead(eagle_config(target, 3, draft_vocab_size=40)), folder / "tiny-eagle")
     heads = {name: str(folder / f"tiny-{name}") for name in ("medusa", "eagle")}
-    return {"ngram": model_folder, "small_model": model_folder, **heads}
+    return {"ngram": model_folder, "small_model": model_folder, "union": heads["eagle"], **heads}
 
 
-DRAFTERS = {"ngram": NGramDrafter, "small_model": SmallModelDrafter, "medusa": MedusaDrafter, "eagle": EagleDrafter}
+DRAFTERS = {
+    "ngram": NGramDrafter,
+    "small_model": SmallModelDrafter,
+    "medusa": MedusaDrafter,
+    "eagle": EagleDrafter,
+    "union": UnionDrafter,
+}
 LABELS = {name: f"{name}(tiny-{name})" for name in DRAFTERS} | {
     "ngram": "ngram",
     "small_model": "small_model(tiny-llama)",
+    "union": "union(ngram, eagle(tiny-eagle))",
 }
 
 
@@ -101,6 +108,10 @@ def test_every_drafter_and_policy_builds_and_generates(
     drafter: str, policy: str, model_folder: str, drafts: dict[str, str]
 ) -> None:
     typed = compose("generate", f"drafter={drafter}", f"drafter/policy={policy}", f"draft={drafts[drafter]}")
+    if drafter == "union" and build(typed.drafter.policy).spec.is_sampled:
+        with pytest.raises(ValueError, match="joins trees without chance"):
+            load_system(typed)
+        return
     system = load_system(typed)
     assert isinstance(system.drafter, DRAFTERS[drafter])
     assert system.labels["drafter"] == LABELS[drafter]
@@ -126,6 +137,25 @@ def test_adaptive_speculation_is_calibrated_once(
     monkeypatch.setattr("specdec.experiments.calibration.measure_costs", lambda *args: 1 / 0)
     again = system.engine(target, typed.engine)
     assert again.speculation.costs.to_dict() == engine.speculation.costs.to_dict()
+
+
+def test_a_union_takes_any_two_drafters(model_folder: str, drafts: dict[str, str]) -> None:
+    parts = [
+        "drafter@drafter.first=medusa",
+        "drafter@drafter.second=small_model",
+        f"drafter.second.path={model_folder}",
+    ]
+    typed = compose("generate", "drafter=union", f"draft={drafts['medusa']}", *parts, "drafter.policy.total=9")
+    system = load_system(typed)
+    assert system.labels["drafter"] == "union(medusa(tiny-medusa), small_model(tiny-llama))"
+    assert isinstance(system.drafter, UnionDrafter) and system.policy.max_nodes == 9
+    assert [type(one) for one in system.drafter.drafters] == [MedusaDrafter, SmallModelDrafter]
+    with pytest.raises(ValueError, match=r"drafter\.second must be a drafter of one tree"):
+        load_system(compose("generate", "drafter=union", "draft=somewhere", "drafter@drafter.second=union"))
+    with pytest.raises(ValueError, match="drafter=eagle needs a checkpoint"):
+        load_system(compose("generate", "drafter=union"))
+    with pytest.raises(ValueError, match="drafter=ngram needs a policy"):
+        load_system(compose("generate", "drafter.policy=null"))
 
 
 def test_an_unknown_speculation_is_refused(model_folder: str) -> None:

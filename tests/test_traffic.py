@@ -84,7 +84,7 @@ def soak(system: str, count: int, seed: int) -> Traffic:
     return traffic
 
 
-@pytest.mark.parametrize("system", ["small rejection", "eagle traversal", "medusa recursive", "ngram"])
+@pytest.mark.parametrize("system", ["small rejection", "eagle traversal", "medusa recursive", "ngram", "union"])
 def test_soak(system: str) -> None:
     metrics = soak(system, 60, seed=1).engine.metrics
     assert metrics.num_preemptions > 0 and metrics.num_prefix_tokens > 100 and metrics.num_cancelled > 0
@@ -113,7 +113,7 @@ def test_a_drafter_has_the_same_keys_behind_a_shared_prefix_as_alone(system: str
 
 def test_a_prompt_that_many_share_is_computed_once() -> None:
     params = SamplingParams(temperature=1.0, max_new_tokens=6, ignore_eos=True)
-    for system in ("plain", "small", "eagle", "medusa"):
+    for system in ("plain", "small", "eagle", "medusa", "union"):
         engine = SYSTEMS[system].engine(page_size=4, prefill_chunk=8, max_batch_size=8)
         engine.generate([PROMPTS[14]] * 8, params)
         # 16 tokens before the root are four pages; the others compute at most what overlaps.

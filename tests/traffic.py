@@ -12,7 +12,16 @@ from conftest import make_tiny
 from head_cases import eagle_config
 
 from specdec import Engine, Handle, PagedModel, SamplingParams
-from specdec.drafters import EagleDrafter, MedusaDrafter, NGramDrafter, Sampled, SmallModelDrafter, TopK, chain
+from specdec.drafters import (
+    EagleDrafter,
+    MedusaDrafter,
+    NGramDrafter,
+    Sampled,
+    SmallModelDrafter,
+    TopK,
+    UnionDrafter,
+    chain,
+)
 from specdec.drafters.heads import EagleHead, MedusaConfig, MedusaHeads
 from specdec.interfaces import Drafter, TreePolicy
 from specdec.verifiers import RULES, Verifier
@@ -58,6 +67,10 @@ def medusa() -> Drafter:
     return MedusaDrafter(heads.eval())
 
 
+def union() -> Drafter:
+    return UnionDrafter([ngram(), small(), eagle()], enough=0.5)
+
+
 @dataclass(frozen=True)
 class System:
     """A drafter, a policy and a rule."""
@@ -78,6 +91,7 @@ SYSTEMS = {
     "small": System(small, TopK(6, 3, 2)),
     "eagle": System(eagle, TopK(6, 3, 2)),
     "medusa": System(medusa, TopK(6, 3, 2)),
+    "union": System(union, TopK(6, 3, 2)),
     "ngram rejection": System(ngram, chain(3), "rejection"),
     "small rejection": System(small, chain(3, "iid"), "rejection"),
     "eagle rejection": System(eagle, chain(3, "iid"), "rejection"),
@@ -153,5 +167,5 @@ class Traffic:
         assert self.engine.is_idle and not self.open
         assert self.engine.pool.num_pages - self.engine.pool.num_free == self.engine.prefixes.num_idle
         assert not self.engine.prefixes._paths and not self.engine.prefixes._announced
-        for name in ("_states", "_indexes"):
-            assert not getattr(self.engine.drafter, name, None)
+        for one in (self.engine.drafter, *getattr(self.engine.drafter, "drafters", [])):
+            assert not any(getattr(one, name, None) for name in ("_states", "_indexes"))

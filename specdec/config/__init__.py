@@ -20,6 +20,7 @@ from specdec.config.components import (
     TopKConfig,
     TrackingConfig,
     TypicalConfig,
+    UnionConfig,
     WandbConfig,
 )
 from specdec.config.composing import CONFIGS, compose, groups, keys, options, to_typed
@@ -114,6 +115,7 @@ __all__ = [
     "TrainConfig",
     "TrainingConfig",
     "TypicalConfig",
+    "UnionConfig",
     "WandbConfig",
     "WorkloadConfig",
     "compose",

@@ -84,7 +84,7 @@ class NGramConfig(DrafterConfig):
     min_ngram: int = MISSING
     max_ngram: int = MISSING
     max_matches: int = MISSING
-    policy: PolicyConfig = field(default_factory=PolicyConfig)
+    policy: PolicyConfig | None = field(default_factory=PolicyConfig)
 
 
 @dataclass
@@ -95,7 +95,7 @@ class SmallModelConfig(DrafterConfig):
     gguf_file: str | None = None
     dtype: str = "auto"
     device: str = "auto"
-    policy: PolicyConfig = field(default_factory=PolicyConfig)
+    policy: PolicyConfig | None = field(default_factory=PolicyConfig)
 
 
 @dataclass
@@ -108,7 +108,7 @@ class MedusaDrafterConfig(DrafterConfig):
     path: str | None = None
     draft_vocab_size: int | None = None
     token_frequencies: str | None = None
-    policy: PolicyConfig = field(default_factory=PolicyConfig)
+    policy: PolicyConfig | None = field(default_factory=PolicyConfig)
 
 
 @dataclass
@@ -118,6 +118,18 @@ class EagleDrafterConfig(MedusaDrafterConfig):
     label: ClassVar[str] = "eagle"
     layer_ids: str | None = None
     norm_before_residual: bool | None = None
+
+
+@dataclass
+class UnionConfig(DrafterConfig):
+    """See `specdec.drafters.UnionDrafter`. `first` and `second` are drafters that follow the union's `policy`."""
+
+    label: ClassVar[str] = "union"
+    _target_: str = MISSING
+    first: DrafterConfig = field(default_factory=DrafterConfig)
+    second: DrafterConfig = field(default_factory=DrafterConfig)
+    enough: float = MISSING
+    policy: PolicyConfig | None = field(default_factory=PolicyConfig)
 
 
 @dataclass

@@ -23,6 +23,7 @@ from specdec.config.components import (
     TopKConfig,
     TrackingConfig,
     TypicalConfig,
+    UnionConfig,
     WandbConfig,
 )
 from specdec.config.measuring import (
@@ -73,6 +74,7 @@ SCHEMAS: dict[str, type] = {
     "drafter/small_model": SmallModelConfig,
     "drafter/medusa": MedusaDrafterConfig,
     "drafter/eagle": EagleDrafterConfig,
+    "drafter/union": UnionConfig,
     "policy/chain": ChainConfig,
     "policy/static": StaticConfig,
     "policy/top_k": TopKConfig,
