@@ -22,12 +22,11 @@ VOCABULARY = {"SIZE": 5000, "BLOCK": 2048, "BITS": 49}
 COINS = {"ACCEPT": 3, "RESIDUAL": 4, "BLOCK_N": 32, "BLOCK_M": 16}
 KEYED = {"PURPOSE": 1, "HAS_INDICES": True}
 KERNELS: list[tuple[Any, dict[str, Any]]] = [
-    *((sampling._rows_kernel, {**VOCABULARY, **KEYED, "WANTS": wants}) for wants in ("laws", "token", "race")),
-    *((sampling._draw_kernel, {**VOCABULARY, **KEYED, "IS_RACE": is_race}) for is_race in (False, True)),
+    *((sampling._rows_kernel, {**VOCABULARY, **KEYED, "WANTS": wants}) for wants in ("laws", "token")),
+    (sampling._draw_kernel, {**VOCABULARY, **KEYED, "IS_RACE": True}),
     (acceptance._follow_kernel, {"BLOCK_N": 32}),
     (acceptance._rejection_kernel, {**VOCABULARY, **COINS, "HAS_LAWS": True}),
     (acceptance._traversal_kernel, {**VOCABULARY, **COINS, "HAS_LAWS": True}),
-    (acceptance._rejection_kernel, {**VOCABULARY, **COINS, "HAS_LAWS": False}),
 ]
 
 if __name__ == "__main__":
