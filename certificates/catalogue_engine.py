@@ -134,8 +134,8 @@ ENGINE_MUTANTS = [
     Mutant(
         "target without temperature",
         LAWS,
-        "self.logits_TV[self.first_B[rows_R] + nodes_R]",
-        "self.logits_TV[self.first_B[rows_R] + nodes_R] * self.sampling.params[0].temperature",
+        "self.logits_TV.index_select(0, self.first_B[rows_R] + nodes_R)",
+        "self.logits_TV.index_select(0, self.first_B[rows_R] + nodes_R) * self.sampling.params[0].temperature",
         WARM,
     ),
     Mutant(

@@ -15,13 +15,13 @@ def use_triton(tensor: Tensor) -> bool:
     The environment variable SPECDEC_KERNELS overrules that: `reference` or `triton`, the latter on CPU tensors only under
     TRITON_INTERPRET=1. Raises ValueError for another value and where `triton` cannot be had.
     """
-    choice = os.environ.get("SPECDEC_KERNELS")
-    if not choice:
+    choice = os.environ.get("SPECDEC_KERNELS") or "auto"
+    if choice == "auto":
         return tensor.is_cuda and _has_triton()
     if choice == "reference":
         return False
     if choice != "triton":
-        raise ValueError(f"SPECDEC_KERNELS={choice!r} is unknown: use reference or triton, or leave it unset")
+        raise ValueError(f"SPECDEC_KERNELS={choice!r} is unknown: use auto, reference or triton")
     if not _has_triton():
         raise ValueError("SPECDEC_KERNELS=triton, but triton is not installed: pip install triton, or use reference")
     if not tensor.is_cuda and not (tensor.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"):

@@ -281,7 +281,8 @@ class ModelLaws:
 
     def _laws(self, rows_R: Tensor, nodes_R: Tensor) -> Tensor:
         paths = self._paths(rows_R, nodes_R)
-        return self.sampling.probabilities(self.logits_TV[self.first_B[rows_R] + nodes_R], rows_R, paths, self.dtype)
+        logits_RV = self.logits_TV.index_select(0, self.first_B[rows_R] + nodes_R)
+        return self.sampling.probabilities(logits_RV, rows_R, paths, self.dtype)
 
 
 def drafted_paths(tree: TokenTree, rows_R: Tensor, nodes_R: Tensor) -> Tensor:

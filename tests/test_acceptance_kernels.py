@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from conftest import make_tiny
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from specdec.certificates.processes import ragged_cases
 from specdec.certificates.worlds import KINDS, FixedLaws, TableRound, World
@@ -45,6 +51,8 @@ CASES = [
 def poisoned(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The kernels take vocabularies in pieces, and what nobody writes holds NaN or the largest integer."""
     pytest.importorskip("triton")
+    if os.environ["TRITON_INTERPRET"] != "1":
+        pytest.skip("these tensors are on the CPU, where kernels only run interpreted")
     from specdec.kernels.acceptance import triton as kernels
 
     monkeypatch.setattr(kernels, "block_size", lambda size: 4)
@@ -131,6 +139,40 @@ def test_greedy_requests_take_the_largest_logit(monkeypatch: pytest.MonkeyPatch,
     _same(RULES["follow"]()(tree, _laws(tree, logits, temperature=0.0), noise), wanted)
 
 
+class Looks(TorchDispatchMode):
+    """Notes the operations whose result the host must wait for on a device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        by_mask = name.startswith("index") and any(
+            isinstance(one, Tensor) and one.dtype == torch.bool for one in (args[1] if len(args) > 1 else ()) or ()
+        )
+        if by_mask or name in ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "bincount"):
+            self.found.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("rule", ["follow", "coupled", "rejection", "traversal"])
+def test_from_logits_to_verdict_the_host_does_not_look(monkeypatch: pytest.MonkeyPatch, rule: str) -> None:
+    tree, logits, noise = _trees(POLICIES["chain_iid" if rule == "rejection" else "mixed"], 0, num_kinds=1)
+    params = SamplingParams(temperature=0.9, repetition_penalty=1.2, logit_bias={1: 0.5})
+    size = tree.batch_size
+    sampling = BatchSampling([params] * size, [[1]] * size, [[2]] * size, 5)
+    # What trees are like is known before the forward.
+    assert tree.spec and len(tree.depth_BN) == size
+    with Looks() as eager:
+        RULES[rule]()(tree, ModelLaws(logits, tree, sampling), noise)
+    assert eager.found
+    monkeypatch.setenv("SPECDEC_KERNELS", "triton")
+    with Looks() as looks:
+        RULES[rule]()(tree, ModelLaws(logits, tree, sampling), noise)
+    assert not looks.found
+
+
 def test_laws_at_and_all_nodes_are_those_of_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     tree, logits, _ = _trees(POLICIES["mixed"], 0, num_kinds=2)
     nodes_B = tree.num_nodes_B - 1
@@ -153,10 +195,10 @@ def test_whole_generations_agree(monkeypatch: pytest.MonkeyPatch, rule: str) -> 
 
     monkeypatch.setattr(kernels, "block_size", lambda size: 64)
     params = [
-        SamplingParams(max_new_tokens=5),
-        SamplingParams(temperature=1.0, seed=3, max_new_tokens=6, logprobs=1),
+        SamplingParams(max_new_tokens=4),
+        SamplingParams(temperature=1.0, seed=3, max_new_tokens=4, logprobs=1),
         SamplingParams(
-            temperature=0.8, top_p=0.9, seed=4, repetition_penalty=1.3, logit_bias={5: 2.0}, max_new_tokens=6
+            temperature=0.8, top_p=0.9, seed=4, repetition_penalty=1.3, logit_bias={5: 2.0}, max_new_tokens=4
         ),
     ]
     texts = []
@@ -167,3 +209,17 @@ def test_whole_generations_agree(monkeypatch: pytest.MonkeyPatch, rule: str) -> 
         engine = Engine(verifier, SmallModelDrafter(PagedModel(make_tiny(noise=0.02))), policy)
         texts.append([one.token_ids for one in engine.generate([[1, 5, 9], [1, 7], [1, 8, 3, 4]], params)])
     assert texts[0] == texts[1]
+
+
+def test_kernels_compile_for_a_gpu(tmp_path: Path) -> None:
+    """The interpreter takes Python that the compiler does not."""
+    script = Path(__file__).with_name("compile_sampling_kernels.py")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, str(script)],
+        env={**environment, "TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(script.parent.parent)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) == 6
