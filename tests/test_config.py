@@ -85,7 +85,8 @@ def drafts(model_folder, tmp_path_factory) -> dict[str, str]:
     save_head(medusa, folder / "tiny-medusa")
     save_head(EagleHead(eagle_config(target, 3, draft_vocab_size=40)), folder / "tiny-eagle")
     heads = {name: str(folder / f"tiny-{name}") for name in ("medusa", "eagle")}
-    return {"ngram": model_folder, "small_model": model_folder, "union": heads["eagle"], **heads}
+    defaults = {"for_embedded": heads["eagle"], "for_hf": model_folder}
+    return {"ngram": model_folder, "small_model": model_folder, "union": heads["eagle"], **heads, **defaults}
 
 
 DRAFTERS = {
@@ -94,11 +95,15 @@ DRAFTERS = {
     "medusa": MedusaDrafter,
     "eagle": EagleDrafter,
     "union": UnionDrafter,
+    "for_embedded": UnionDrafter,
+    "for_hf": NGramDrafter,
 }
 LABELS = {name: f"{name}(tiny-{name})" for name in DRAFTERS} | {
     "ngram": "ngram",
     "small_model": "small_model(tiny-llama)",
     "union": "union(ngram, eagle(tiny-eagle))",
+    "for_embedded": "union(ngram, eagle(tiny-eagle))",
+    "for_hf": "ngram",
 }
 
 
@@ -108,7 +113,7 @@ def test_every_drafter_and_policy_builds_and_generates(
     drafter: str, policy: str, model_folder: str, drafts: dict[str, str]
 ) -> None:
     typed = compose("generate", f"drafter={drafter}", f"drafter/policy={policy}", f"draft={drafts[drafter]}")
-    if drafter == "union" and build(typed.drafter.policy).spec.is_sampled:
+    if DRAFTERS[drafter] is UnionDrafter and build(typed.drafter.policy).spec.is_sampled:
         with pytest.raises(ValueError, match="joins trees without chance"):
             load_system(typed)
         return
@@ -153,9 +158,16 @@ def test_a_union_takes_any_two_drafters(model_folder: str, drafts: dict[str, str
     with pytest.raises(ValueError, match=r"drafter\.second must be a drafter of one tree"):
         load_system(compose("generate", "drafter=union", "draft=somewhere", "drafter@drafter.second=union"))
     with pytest.raises(ValueError, match="drafter=eagle needs a checkpoint"):
-        load_system(compose("generate", "drafter=union"))
+        load_system(compose("generate", "drafter=union", "target=hf", "target.path=somewhere"))
     with pytest.raises(ValueError, match="drafter=ngram needs a policy"):
-        load_system(compose("generate", "drafter.policy=null"))
+        load_system(compose("generate", "drafter=ngram", "drafter.policy=null"))
+
+
+def test_each_target_has_its_own_default_drafter() -> None:
+    embedded = load_system(compose("generate"))
+    assert embedded.labels["drafter"] == "union(ngram, eagle(eagle3))"
+    other = load_system(compose("generate", "target=hf", "target.path=somewhere"))
+    assert other.labels["drafter"] == "ngram"
 
 
 def test_an_unknown_speculation_is_refused(model_folder: str) -> None:
@@ -257,7 +269,7 @@ def test_missing_values_are_named() -> None:
         compose("generate", "target=hf")
     for drafter, what in {"small_model": "draft model", "medusa": "checkpoint", "eagle": "checkpoint"}.items():
         with pytest.raises(ValueError, match=f"drafter={drafter} needs a {what}.*: give draft="):
-            load_system(compose("generate", f"drafter={drafter}"))
+            load_system(compose("generate", f"drafter={drafter}", "target=hf", "target.path=somewhere"))
 
 
 def test_rule_and_policy_are_checked_before_anything_is_loaded() -> None:

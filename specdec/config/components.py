@@ -10,9 +10,11 @@ from omegaconf import MISSING
 
 @dataclass
 class TargetConfig:
-    """A model to load; `path` None is the embedded one. `name` is what result rows call it (None: from the path)."""
+    """A model to load; `path` None is the embedded one. `name` is what result rows call it (None: from the path), `head` the
+    shipped head that fits it."""
 
     path: str | None = MISSING
+    head: str | None = None
     gguf_file: str | None = None
     name: str | None = None
     dtype: str = "auto"
