@@ -115,7 +115,7 @@ def test_speculative_text_through_the_kernels_is_plain_text(monkeypatch):
     engine = Engine(Verifier(target), SmallModelDrafter(draft), Static([[0], [1], [0, 0], [1, 0]]), **options)
     results = engine.generate(prompts, params)
     assert [r.token_ids for r in results] == [r.token_ids for r in plain]
-    assert sum(sum(r.metrics.accepted_by_depth) for r in results) > 3
+    assert sum(sum(r.metrics.accepted_by_depth) for r in results) >= 3
 
 
 def test_who_serves_a_tensor(monkeypatch):

@@ -9,7 +9,13 @@ from torch import Tensor
 from specdec.kernels.dispatch import is_interpreting
 from specdec.kernels.tree_attention.batch import Batch
 from specdec.kernels.tree_attention.finish import finish, shared_keys
-from specdec.kernels.tree_attention.launch import INVARIANT_SPLIT, choose_invariant_launch, num_row_blocks, pad_size
+from specdec.kernels.tree_attention.launch import (
+    INVARIANT_SPLIT,
+    choose_invariant_launch,
+    num_row_blocks,
+    pad_batch,
+    pad_size,
+)
 from specdec.kernels.tree_attention.split import Partials
 from specdec.kernels.tree_attention.tiles import add_tile, dense_heads, load_rows, load_span, locate_block
 
@@ -67,7 +73,7 @@ def tree_attention_invariant_triton(
         "ROWS": launch.block_rows,
         "TILE": launch.tile,
         "SPLIT": INVARIANT_SPLIT,
-        "BATCH": pad_size(batch.num_sequences),
+        "BATCH": pad_batch(batch.num_sequences),
         "HAS_WINDOW": window is not None,
         "HAS_SOFTCAP": softcap is not None,
         "IS_INTERPRETED": is_interpreting(),

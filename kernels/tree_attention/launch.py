@@ -47,6 +47,11 @@ def pad_size(size: int) -> int:
     return max(16, 1 << (size - 1).bit_length())
 
 
+def pad_batch(num_sequences: int) -> int:
+    """Sequences that a kernel looks among, in few sizes, since each is compiled by itself."""
+    return max(64, pad_size(num_sequences))
+
+
 def choose_launch(
     num_rows: int,
     num_sequences: int,

@@ -39,41 +39,41 @@ def merge_splits(partials: Partials, sinks_H: Tensor | None, out_THE: Tensor) ->
         *partials.tensors,
         partials.max_sTH if sinks_H is None else sinks_H,
         out_THE,
+        num_splits,
         num_rows,
         VALUE_SIZE=value_size,
         VALUE_BLOCK=pad_size(value_size),
-        NUM_SPLITS=num_splits,
         SPLIT_BLOCK=pad_size(num_splits),
         HAS_SINKS=sinks_H is not None,
         num_warps=4,
     )
 
 
-@triton.jit(do_not_specialize=["num_rows"])
+@triton.jit(do_not_specialize=["num_splits", "num_rows"])
 def _merge(
     partial_max: tl.tensor,
     partial_sum: tl.tensor,
     partial_acc: tl.tensor,
     sinks: tl.tensor,
     out: tl.tensor,
+    num_splits: tl.tensor,
     num_rows: tl.tensor,
     VALUE_SIZE: tl.constexpr,
     VALUE_BLOCK: tl.constexpr,
-    NUM_SPLITS: tl.constexpr,
     SPLIT_BLOCK: tl.constexpr,
     HAS_SINKS: tl.constexpr,
 ) -> None:
     row, head, num_heads = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
     s, e = tl.arange(0, SPLIT_BLOCK), tl.arange(0, VALUE_BLOCK)
     place_s = (s.to(tl.int64) * num_rows + row) * num_heads + head
-    max_s = tl.load(partial_max + place_s, mask=s < NUM_SPLITS, other=float("-inf"))
-    sum_s = tl.load(partial_sum + place_s, mask=s < NUM_SPLITS, other=0.0)
+    max_s = tl.load(partial_max + place_s, mask=s < num_splits, other=float("-inf"))
+    sum_s = tl.load(partial_sum + place_s, mask=s < num_splits, other=0.0)
     largest = tl.max(max_s, 0)
     base = tl.where(largest == float("-inf"), 0.0, largest)
     weight_s = tl.exp2(max_s - base)
     acc_sE = tl.load(
         partial_acc + place_s[:, None] * VALUE_SIZE + e[None, :],
-        mask=(s < NUM_SPLITS)[:, None] & (e < VALUE_SIZE)[None, :],
+        mask=(s < num_splits)[:, None] & (e < VALUE_SIZE)[None, :],
         other=0.0,
     )
     total, acc_E = tl.sum(sum_s * weight_s, 0), tl.sum(acc_sE * weight_s[:, None], 0)

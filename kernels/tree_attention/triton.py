@@ -8,7 +8,7 @@ from torch import Tensor
 
 from specdec.kernels.dispatch import is_interpreting
 from specdec.kernels.tree_attention.batch import Batch
-from specdec.kernels.tree_attention.launch import Launch, choose_launch, num_row_blocks, num_sms, pad_size
+from specdec.kernels.tree_attention.launch import Launch, choose_launch, num_row_blocks, num_sms, pad_batch, pad_size
 from specdec.kernels.tree_attention.split import Partials, merge_splits
 from specdec.kernels.tree_attention.tiles import add_sink, add_tile, dense_heads, load_rows, load_span, locate_block
 
@@ -80,8 +80,8 @@ def tree_attention_triton(
         VALUE_BLOCK=pad_size(value_size),
         ROWS=launch.block_rows,
         TILE=launch.tile,
-        NUM_SPLITS=launch.num_splits,
-        BATCH=pad_size(batch.num_sequences),
+        IS_SPLIT=launch.num_splits > 1,
+        BATCH=pad_batch(batch.num_sequences),
         HAS_TREES=batch.words_TW.shape[1] > 0,
         HAS_WINDOW=window is not None,
         HAS_SOFTCAP=softcap is not None,
@@ -129,7 +129,7 @@ def _attend(
     VALUE_BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
     TILE: tl.constexpr,
-    NUM_SPLITS: tl.constexpr,
+    IS_SPLIT: tl.constexpr,
     BATCH: tl.constexpr,
     HAS_TREES: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
@@ -165,7 +165,7 @@ def _attend(
     visible_tiles = tl.cdiv(num_visible, TILE)
     seen_tail = tl.where(is_tree, num_tail, tl.max(tl.where(is_row_R, tail_R, 0), 0) + 1)
     last_tile = visible_tiles + tl.cdiv(seen_tail, TILE)
-    per_split = tl.cdiv(last_tile - first_tile, NUM_SPLITS)
+    per_split = tl.cdiv(last_tile - first_tile, tl.num_programs(2))
     begin = first_tile + split * per_split
     end = tl.minimum(begin + per_split, last_tile)
 
@@ -206,15 +206,15 @@ def _attend(
     e = tl.arange(0, VALUE_BLOCK)
     is_number = is_row_R[:, None] & (e < VALUE_SIZE)[None, :]
     num_heads = tl.num_programs(1) * HEADS
-    if NUM_SPLITS == 1:
+    if IS_SPLIT:
+        place_R = (split * num_rows.to(tl.int64) + row_R) * num_heads + head_R
+        tl.store(partial_max + place_R, max_R, mask=is_row_R)
+        tl.store(partial_sum + place_R, sum_R, mask=is_row_R)
+        tl.store(partial_acc + place_R[:, None] * VALUE_SIZE + e[None, :], acc_RE, mask=is_number)
+    else:
         if HAS_SINKS:
             sum_R, fading_R = add_sink(max_R, sum_R, tl.load(sinks + head_R, mask=is_row_R, other=0.0))
             acc_RE = acc_RE * fading_R[:, None]
         out_RE = acc_RE / tl.where(sum_R > 0, sum_R, 1.0)[:, None]
         place_R = row_R * num_heads + head_R
         tl.store(out + place_R[:, None] * VALUE_SIZE + e[None, :], out_RE.to(out.dtype.element_ty), mask=is_number)
-    else:
-        place_R = (split * num_rows.to(tl.int64) + row_R) * num_heads + head_R
-        tl.store(partial_max + place_R, max_R, mask=is_row_R)
-        tl.store(partial_sum + place_R, sum_R, mask=is_row_R)
-        tl.store(partial_acc + place_R[:, None] * VALUE_SIZE + e[None, :], acc_RE, mask=is_number)
