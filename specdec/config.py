@@ -30,6 +30,26 @@ class TargetConfig:
 
 
 @dataclass
+class ShapeConfig:
+    """See `specdec.stand_in.ModelShape`."""
+
+    hidden_size: int = MISSING
+    intermediate_size: int = MISSING
+    num_layers: int = MISSING
+    num_heads: int = MISSING
+    num_kv_heads: int = MISSING
+    head_size: int = MISSING
+    vocab_size: int = MISSING
+
+
+@dataclass
+class StandInConfig(TargetConfig):
+    """A small model widened to `shape`: it says what the small one does and costs what a large one does."""
+
+    shape: ShapeConfig = field(default_factory=ShapeConfig)
+
+
+@dataclass
 class PolicyConfig:
     """Base of the tree policies."""
 
@@ -602,6 +622,7 @@ SCHEMAS: dict[str, type] = {
     "benchmark": BenchmarkConfig,
     "contender": ContenderConfig,
     "target": TargetConfig,
+    "target/stand_in": StandInConfig,
     "sampling": SamplingConfig,
     "engine": EngineConfig,
     "rule": RuleConfig,

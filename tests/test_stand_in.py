@@ -1,0 +1,165 @@
+"""Stand-ins say what the small model says, at every layer and token by token, and refuse what they cannot be."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+
+import pytest
+import torch
+from conftest import VOCAB_SIZE, make_tiny
+
+from specdec import config as configs
+from specdec.drafters import NGramDrafter, TopK
+from specdec.engine import Engine
+from specdec.experiments.system import load_target, target_labels
+from specdec.model import PagedModel
+from specdec.sampling import SamplingParams
+from specdec.selfcheck import self_check
+from specdec.stand_in import ModelShape, load_stand_in, widen
+from specdec.verifiers import Verifier
+
+SHAPE = ModelShape(
+    hidden_size=96,
+    intermediate_size=100,
+    num_layers=4,
+    num_heads=12,
+    num_kv_heads=4,
+    head_size=16,
+    vocab_size=VOCAB_SIZE + 30,
+)
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 5e4,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+BASES = {
+    "llama": {},
+    "llama3 angles": {"rope_parameters": LLAMA3},
+    "biases": {"attention_bias": True, "mlp_bias": True},
+    "tied": {"tie_word_embeddings": True},
+    "odd groups": {"num_attention_heads": 3, "num_key_value_heads": 1, "hidden_size": 48},
+    "qwen2": {"architecture": "qwen2"},
+    "mistral": {"architecture": "mistral", "sliding_window": None},
+}
+
+
+def states(model: torch.nn.Module, ids: torch.Tensor) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+    with torch.no_grad():
+        out = model(input_ids=ids, output_hidden_states=True, use_cache=False)
+    return out.logits, out.hidden_states
+
+
+@pytest.mark.parametrize("name", BASES)
+def test_logits_and_hidden_states_are_those_of_the_small_model(name):
+    base = make_tiny(**BASES[name])
+    before = torch.random.get_rng_state()
+    wide = widen(base, SHAPE)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert ModelShape.of(wide) == SHAPE
+    # Late positions too: a frequency that is slightly off shows there.
+    ids = torch.randint(3, VOCAB_SIZE, (2, 200), generator=torch.Generator().manual_seed(1))
+    logits, hidden = states(base, ids)
+    found, wide_hidden = states(wide, ids)
+    torch.testing.assert_close(found[..., :VOCAB_SIZE], logits, atol=1e-4, rtol=1e-4)
+    assert found[..., VOCAB_SIZE:].max() < found[..., :VOCAB_SIZE].min() - 1e4
+    assert found.isfinite().all()
+    size, last = base.config.hidden_size, base.config.num_hidden_layers
+    moved = {**{i: i for i in range(last)}, last: SHAPE.num_layers}
+    for layer, at in moved.items():
+        torch.testing.assert_close(wide_hidden[at][..., :size], hidden[layer], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_added_tokens_are_impossible_in_half_precision(dtype):
+    wide = widen(make_tiny(), SHAPE, dtype)
+    logits, _ = states(wide, torch.arange(3, 60)[None])
+    laws = logits.float().softmax(-1)
+    assert (laws[..., VOCAB_SIZE:] == 0).all()
+    torch.testing.assert_close(laws.sum(-1), torch.ones(1, 57))
+
+
+def test_as_large_as_it_is_it_is_the_same():
+    base = make_tiny()
+    shape = ModelShape.of(base)
+    ids = torch.arange(3, 60)[None]
+    torch.testing.assert_close(states(widen(base, shape), ids)[0], states(base, ids)[0])
+    deeper = replace(shape, num_layers=3, intermediate_size=64)
+    torch.testing.assert_close(states(widen(base, deeper), ids)[0], states(base, ids)[0])
+
+
+def test_what_is_ignored_is_no_zeros():
+    """Products of zeros cost less power than real ones, which would flatter the timings."""
+    wide = widen(make_tiny(), SHAPE)
+    layers = wide.model.layers
+    for layer in layers:
+        for part in (layer.self_attn.q_proj, layer.self_attn.v_proj, layer.mlp.gate_proj, layer.mlp.up_proj):
+            assert (part.weight == 0).float().mean() < 0.01
+    for layer in layers[2:]:
+        assert not layer.self_attn.o_proj.weight.any()
+        assert not layer.mlp.down_proj.weight.any()
+
+
+def test_it_runs_over_pages_and_says_the_same_text():
+    base = make_tiny()
+    wide = PagedModel(widen(base, SHAPE), name="stand-in")
+    self_check(wide)
+    params = SamplingParams(max_new_tokens=40, ignore_eos=True)
+    prompts = [[5, 6, 7, 5, 6, 7, 5], list(range(3, 30))]
+    wanted = [one.token_ids for one in Engine(Verifier(PagedModel(base))).generate(prompts, params)]
+    engine = Engine(Verifier(wide), NGramDrafter(), TopK(total=8, depth=4, k=2))
+    assert [one.token_ids for one in engine.generate(prompts, params)] == wanted
+    sampled = replace(params, temperature=1.0, seed=3)
+    plain = Engine(Verifier(PagedModel(base))).generate(prompts, sampled)
+    assert [one.token_ids for one in engine.generate(prompts, sampled)] == [one.token_ids for one in plain]
+
+
+@pytest.mark.parametrize(
+    ("changes", "found"),
+    [
+        ({"hidden_size": 24}, "hidden_size=24 is less than the small model's 32"),
+        ({"num_layers": 1}, "num_layers=1 is less"),
+        ({"num_heads": 4}, "num_heads=4 over num_kv_heads=4 gives each of them fewer heads than the small model's 2"),
+        ({"num_heads": 9}, "num_heads=9 must be a multiple of num_kv_heads=4"),
+        ({"hidden_size": 32, "num_heads": 16}, "vocab_size=127 adds tokens, which takes a spare dimension"),
+    ],
+)
+def test_a_shape_without_room_is_refused(changes, found):
+    with pytest.raises(ValueError, match=found):
+        widen(make_tiny(), replace(SHAPE, **changes))
+
+
+@pytest.mark.parametrize(
+    ("architecture", "options", "found"),
+    [
+        ("gpt_neox", {}, "it is a gpt_neox model; widened are llama, mistral, qwen2"),
+        ("mistral", {"sliding_window": 6}, "a sliding window of 6"),
+        (
+            "llama",
+            {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
+            "rope types default",
+        ),
+    ],
+)
+def test_other_models_are_refused(architecture, options, found):
+    with pytest.raises(ValueError, match=found):
+        widen(make_tiny(architecture=architecture, **options), SHAPE)
+
+
+def test_the_config_loads_one_and_rows_say_so(tokenizer, tmp_path):
+    make_tiny(vocab_size=len(tokenizer)).save_pretrained(tmp_path / "tiny")
+    tokenizer.save_pretrained(tmp_path / "tiny")
+    shape = replace(SHAPE, vocab_size=300)
+    sizes = [f"target.shape.{name}={value}" for name, value in asdict(shape).items()]
+    words = ["target=stand_in", f"target.path={tmp_path}/tiny", "target.dtype=float32", *sizes, "output=rows.jsonl"]
+    typed = configs.to_typed(configs.compose("generate", words))
+    target = load_target(typed.target)
+    assert ModelShape.of(target.model) == shape
+    assert target.tokenizer is not None
+    assert target_labels(typed.target) == {"target": "tiny", "stand_in": True, "shape": asdict(shape)}
+    default = configs.to_typed(configs.compose("generate", ["target=stand_in", "output=rows.jsonl"])).target
+    assert ModelShape(**asdict(default.shape)) == ModelShape()
+    with pytest.raises(ValueError, match="dtype 'half' is unknown"):
+        load_stand_in(tmp_path / "tiny", shape, dtype="half")
