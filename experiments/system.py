@@ -49,6 +49,7 @@ class System:
             num_pages=config.num_pages,
             speculation=self._speculation(target, config),
             share_prefixes=config.share_prefixes,
+            cuda_graphs=config.cuda_graphs,
         )
 
     def _speculation(self, target: PagedModel, config: EngineConfig) -> Speculation | None:

@@ -195,6 +195,7 @@ class EngineConfig:
     num_pages: int | None = None
     speculation: str = "fixed"
     share_prefixes: bool = True
+    cuda_graphs: bool = True
 
 
 @dataclass

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from specdec.kernels.tree_attention.batch import WORD, Batch, make_batch
 from specdec.kernels.tree_attention.invariant import PathTiles, path_tiles, tree_attention_invariant
 from specdec.kernels.tree_attention.reference import tree_attention_reference
 
@@ -67,11 +68,25 @@ class SequencePlan:
 
 @dataclass
 class AttentionPlan:
-    """Where one packed forward writes and reads: the slot of every new token and a plan per sequence."""
+    """Where one packed forward writes and reads: the slot of every new token and a plan per sequence.
+
+    `batch` is the same in tensors, for the GPU: made when first asked for and shared by all layers, or given by whoever keeps
+    tensors of fixed sizes for a captured graph, in which case `sequences` may be empty.
+    """
 
     slots_T: Tensor
     first_slot: int | None
     sequences: list[SequencePlan]
+    batch: Batch | None = None
+
+    @property
+    def num_rows(self) -> int:
+        return sum(part.num_queries for part in self.sequences) if self.batch is None else self.batch.num_rows
+
+    def batched(self) -> Batch:
+        if self.batch is None:
+            self.batch = make_batch(self.sequences)
+        return self.batch
 
 
 def tree_attention(
@@ -95,8 +110,9 @@ def tree_attention(
     """
     if query_THE.shape[1] % key_cache_SGE.shape[1]:
         raise ValueError(f"{query_THE.shape[1]} query heads are not a multiple of {key_cache_SGE.shape[1]} kv heads")
-    if query_THE.shape[0] != sum(part.num_queries for part in plan.sequences):
+    if query_THE.shape[0] != plan.num_rows:
         raise ValueError(f"{query_THE.shape[0]} query rows do not match the plan's")
+    sequences = plan.sequences or unpack(plan.batched())
     if is_invariant:
         if softcap is not None or query_THE.dtype != torch.bfloat16 or query_THE.device.type != "cpu":
             raise ValueError(
@@ -108,9 +124,28 @@ def tree_attention(
                 f"invariant attention is for keys and values of one size, not {key_cache_SGE.shape[2]} and "
                 f"{value_cache_SGE.shape[2]}"
             )
-        return tree_attention_invariant(
-            query_THE, key_cache_SGE, value_cache_SGE, plan.sequences, scaling, window, sinks_H
-        )
+        return tree_attention_invariant(query_THE, key_cache_SGE, value_cache_SGE, sequences, scaling, window, sinks_H)
     return tree_attention_reference(
-        query_THE, key_cache_SGE, value_cache_SGE, plan.sequences, scaling, window, softcap, sinks_H
+        query_THE, key_cache_SGE, value_cache_SGE, sequences, scaling, window, softcap, sinks_H
     )
+
+
+def unpack(batch: Batch) -> list[SequencePlan]:
+    """Plans back from the tensors of a batch, for what goes sequence by sequence; waits for the device.
+
+    Rows that belong to no sequence have no plan: what attention gives for them is undefined.
+    """
+    rows, keys, tails, trees = batch.starts_4b.tolist()
+    bits_W = torch.arange(WORD, device=batch.words_TW.device)
+    plans = []
+    for b in range(batch.num_sequences):
+        queries, num_keys, tail = (ends[b + 1] - ends[b] for ends in (rows, keys, tails))
+        if not queries:
+            continue
+        mask_QM = None
+        if trees[b]:
+            mask_QM = (batch.words_TW[rows[b] : rows[b + 1], :, None] >> bits_W & 1).flatten(1)[:, :tail].bool()
+        positions_M = batch.tail_positions_M[tails[b] : tails[b + 1]].long()
+        slots_K = batch.slots_K[keys[b] : keys[b + 1]].long()
+        plans.append(SequencePlan(rows[b], queries, num_keys - tail, mask_QM, positions_M, None, slots_K))
+    return plans
