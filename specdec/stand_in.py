@@ -88,7 +88,7 @@ def widen(
     small = ModelShape.of(base)
     shape.require_room(small)
     wide = _noise(base, small, shape, dtype, device)
-    place = _Placement(small, shape, wide.device)
+    place = Placement(small, shape, wide.device)
     eps = base.config.rms_norm_eps
     # A norm's mean runs over zeros too: what it divides by is smaller by the root of the ratio. The constant's share of
     # the mean is what eps was, so that of all tokens it is never zero behind a norm.
@@ -100,12 +100,12 @@ def widen(
         old.embed_tokens.weight, new.embed_tokens.weight
     )
     for index, layer in enumerate(new.layers):
-        for projection in (layer.self_attn.o_proj, layer.mlp.down_proj):
-            projection.weight.zero_()
-        for norm in (layer.input_layernorm, layer.post_attention_layernorm):
-            norm.weight.zero_()
         if index < small.num_layers:
             _copy_layer(old.layers[index], layer, place)
+        else:
+            # It computes as much as any other, and adds nothing.
+            layer.self_attn.o_proj.weight.zero_()
+            layer.mlp.down_proj.weight.zero_()
     place.norm(old.norm, new.norm)
     head = base.get_output_embeddings().weight
     wide.lm_head.weight[: small.vocab_size, : small.hidden_size] = _to(head, wide.lm_head.weight)
@@ -145,8 +145,8 @@ def load_stand_in(
     return prepare(PagedModel(wide, base.tokenizer, f"{base.name} widened"), **options)
 
 
-class _Placement:
-    """Where the small model's heads and dimensions lie in the wide one."""
+class Placement:
+    """Where a small model's heads and dimensions lie in a wide one: rows of its projections, and of the residual stream."""
 
     def __init__(self, small: ModelShape, wide: ModelShape, device: torch.device) -> None:
         self.small, self.wide = small, wide
@@ -163,6 +163,7 @@ class _Placement:
         self.residual = torch.arange(small.hidden_size, device=device)
 
     def norm(self, old: Any, new: Any) -> None:
+        """A wide norm that does what the small one does, and gives zeros behind its dimensions."""
         new.weight.zero_()
         scale = (self.small.hidden_size / self.wide.hidden_size) ** 0.5
         new.weight[: self.small.hidden_size] = _to(old.weight, new.weight, scale=scale)
@@ -171,24 +172,35 @@ class _Placement:
         return (heads[:, None] * self.wide.head_size + sizes).flatten()
 
 
-def _copy_layer(old: Any, new: Any, place: _Placement) -> None:
-    residual, query, key, inner = place.residual, place.query_rows, place.key_rows, place.inner_rows
+def _copy_layer(old: Any, new: Any, place: Placement) -> None:
     place.norm(old.input_layernorm, new.input_layernorm)
     place.norm(old.post_attention_layernorm, new.post_attention_layernorm)
+    copy_attention(old.self_attn, new.self_attn, place, place.residual)
+    copy_mlp(old.mlp, new.mlp, place)
+
+
+def copy_attention(old: Any, new: Any, place: Placement, reads: Tensor) -> None:
+    """The small projections at their places in the wide ones, which read the dimensions `reads`."""
     # Scores are divided by the root of the head size, which has grown.
     scale = (place.wide.head_size / place.small.head_size) ** 0.5
     # Beside a real head's dimensions lie zeros, for its scores are sums over all of them.
-    new.self_attn.k_proj.weight[: place.small.num_kv_heads * place.wide.head_size] = 0
-    _copy(old.self_attn.q_proj, new.self_attn.q_proj, query, residual, scale)
-    _copy(old.self_attn.k_proj, new.self_attn.k_proj, key, residual)
-    _copy(old.self_attn.v_proj, new.self_attn.v_proj, key, residual)
-    _copy(old.self_attn.o_proj, new.self_attn.o_proj, residual, query)
-    _copy(old.mlp.gate_proj, new.mlp.gate_proj, inner, residual)
-    _copy(old.mlp.up_proj, new.mlp.up_proj, inner, residual)
-    _copy(old.mlp.down_proj, new.mlp.down_proj, residual, inner)
+    new.k_proj.weight[: place.small.num_kv_heads * place.wide.head_size] = 0
+    new.o_proj.weight.zero_()
+    copy_linear(old.q_proj, new.q_proj, place.query_rows, reads, scale)
+    copy_linear(old.k_proj, new.k_proj, place.key_rows, reads)
+    copy_linear(old.v_proj, new.v_proj, place.key_rows, reads)
+    copy_linear(old.o_proj, new.o_proj, place.residual, place.query_rows)
 
 
-def _copy(old: nn.Linear, new: nn.Linear, rows: Tensor, columns: Tensor, scale: float = 1.0) -> None:
+def copy_mlp(old: Any, new: Any, place: Placement) -> None:
+    new.down_proj.weight.zero_()
+    copy_linear(old.gate_proj, new.gate_proj, place.inner_rows, place.residual)
+    copy_linear(old.up_proj, new.up_proj, place.inner_rows, place.residual)
+    copy_linear(old.down_proj, new.down_proj, place.residual, place.inner_rows)
+
+
+def copy_linear(old: nn.Linear, new: nn.Linear, rows: Tensor, columns: Tensor, scale: float = 1.0) -> None:
+    """Puts a small layer's weights at these rows and columns of a wide one."""
     new.weight[rows[:, None], columns] = _to(old.weight, new.weight, scale=scale)
     if old.bias is not None:
         new.bias[rows] = _to(old.bias, new.bias, scale=scale)
@@ -217,7 +229,7 @@ def _noise(
         hidden_act=old.hidden_act,
         max_position_embeddings=old.max_position_embeddings,
         rms_norm_eps=0.0 if spare else old.rms_norm_eps,
-        rope_parameters=_rope(old.rope_parameters, shape.head_size / small.head_size),
+        rope_parameters=wide_rope(old.rope_parameters, shape.head_size / small.head_size),
         attention_bias=first.self_attn.q_proj.bias is not None,
         mlp_bias=first.mlp.up_proj.bias is not None,
         tie_word_embeddings=False,
@@ -234,8 +246,11 @@ def _noise(
     return wide
 
 
-def _rope(old: dict[str, Any], growth: float) -> dict[str, Any]:
-    """Frequency i is base ** (-2i / E): with the base raised to the power of the growth of E it stays where it was."""
+def wide_rope(old: dict[str, Any], growth: float) -> dict[str, Any]:
+    """The rope parameters of heads `growth` times as long that turn the small ones' dimensions as they did.
+
+    Frequency i is base ** (-2i / E): with the base raised to the power of the growth of E it stays where it was.
+    """
     return {**old, "rope_theta": float(old["rope_theta"]) ** growth}
 
 

@@ -7,9 +7,12 @@ from dataclasses import asdict, replace
 import pytest
 import torch
 from conftest import VOCAB_SIZE, make_tiny
+from head_cases import attend_within, eagle_config
 
 from specdec import config as configs
-from specdec.drafters import NGramDrafter, TopK
+from specdec.drafters import EagleDrafter, NGramDrafter, TopK
+from specdec.drafters.heads import EagleHead
+from specdec.drafters.heads.wide import widen_eagle
 from specdec.engine import Engine
 from specdec.experiments.system import load_target, target_labels
 from specdec.model import PagedModel
@@ -163,3 +166,40 @@ def test_the_config_loads_one_and_rows_say_so(tokenizer, tmp_path):
     assert ModelShape(**asdict(default.shape)) == ModelShape()
     with pytest.raises(ValueError, match="dtype 'half' is unknown"):
         load_stand_in(tmp_path / "tiny", shape, dtype="half")
+
+
+@pytest.mark.parametrize(
+    "options", [{"draft_vocab_size": 40}, {"feature_layers": (0, 1, 2)}, {"norm_before_residual": True}]
+)
+def test_an_eagle_head_is_widened_with_its_target(options):
+    base, generator = make_tiny(), torch.Generator().manual_seed(0)
+    target, wide = PagedModel(base), PagedModel(widen(base, SHAPE))
+    head = EagleHead(eagle_config(target, 3, **options))
+    with torch.no_grad():
+        for parameter in head.parameters():
+            fresh = torch.randn(parameter.shape, generator=generator)
+            parameter.copy_(fresh * 0.25 if parameter.ndim > 1 else 1 + 0.1 * fresh)
+        if head.draft_to_target_R is not None:
+            head.draft_to_target_R.copy_(torch.randperm(VOCAB_SIZE, generator=generator)[:40].sort().values)
+    found = widen_eagle(head, ModelShape.of(base), SHAPE, base.config.rms_norm_eps)
+    ids, mask = torch.arange(5, 25), torch.ones(19, 19, dtype=torch.bool).tril()
+    logits = []
+    for model, one in ((target, head), (wide, found)):
+        model.model.set_attn_implementation("eager")
+        hidden = states(model.model, ids[None])[1]
+        features = one.fuse([hidden[layer][0, :-1] for layer in one.config.feature_layers])
+        with torch.no_grad():
+            out = one(model.embed(ids[1:]), features, torch.arange(19), attend_within(mask))
+            again = one(model.embed(ids[1:]), out, torch.arange(1, 20), attend_within(mask))
+            logits.append(torch.cat([one.logits(out), one.logits(again)]))
+        model.model.set_attn_implementation("specdec_paged")
+    torch.testing.assert_close(logits[1], logits[0], atol=1e-4, rtol=1e-4)
+    policy, params = TopK(total=8, depth=3, k=2), SamplingParams(max_new_tokens=25, ignore_eos=True)
+    results = [
+        Engine(Verifier(model), EagleDrafter(one), policy).generate([[5, 6, 7, 8]], params)[0]
+        for model, one in ((target, head), (wide, found))
+    ]
+    assert results[0].token_ids == results[1].token_ids
+    assert results[0].metrics.accepted_by_depth == results[1].metrics.accepted_by_depth
+    with pytest.raises(ValueError, match="widened are EAGLE-3 heads"):
+        widen_eagle(EagleHead(eagle_config(target, 1)), ModelShape.of(base), SHAPE, 1e-6)
