@@ -445,6 +445,29 @@ class StreamCheckConfig(PromptsConfig):
 
 
 @dataclass
+class GpuCheckConfig(PromptsConfig):
+    """`parts` are kernels, text, rounding (checks), bandwidth, forward, decode (measures), which are taken of a stand-in of
+    `shape` beside the target itself. An item of `systems` holds the overrides that one would give to `generate`; those of a
+    head read `draft`. `small` makes the kernels' cases small. `prompt_file` None is a few prompts built in."""
+
+    target: TargetConfig = field(default_factory=TargetConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    shape: ShapeConfig = field(default_factory=ShapeConfig)
+    prompts: str | None = None
+    draft: str | None = None
+    systems: list[str] = MISSING
+    parts: list[str] = MISSING
+    contexts: list[int] = MISSING
+    batch_sizes: list[int] = MISSING
+    num_nodes: int = MISSING
+    max_new_tokens: int = MISSING
+    repeats: int = MISSING
+    copy_mib: int = MISSING
+    small: bool = False
+    output: str | None = None
+
+
+@dataclass
 class SourceConfig:
     """Base of where training texts come from."""
 
@@ -615,6 +638,7 @@ SCHEMAS: dict[str, type] = {
     "certify": CertifyConfig,
     "load": LoadConfig,
     "stream_check": StreamCheckConfig,
+    "gpu_check": GpuCheckConfig,
     "data": DataConfig,
     "inspect": HeadFilesConfig,
     "export": ExportConfig,

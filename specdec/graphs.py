@@ -105,7 +105,8 @@ class _Forward:
                 self._body(self.inputs)
         torch.cuda.current_stream(self.inputs.device).wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=memory):
+        # Other threads, as a server has, may talk to the device meanwhile.
+        with torch.cuda.graph(graph, pool=memory, capture_error_mode="thread_local"):
             self._outputs = self._body(self.inputs)
         self._graph = graph
 

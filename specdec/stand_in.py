@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from specdec.loading import DTYPES, load_model, place_of, prepare
+from specdec.loading import DTYPES, ModelSizes, load_model, place_of, prepare
 from specdec.model import PagedModel
 
 _FAMILIES = ("llama", "mistral", "qwen2")
@@ -133,16 +133,39 @@ def load_stand_in(
     dtype: str = "auto",
     device: str | torch.device = "auto",
     **options: Any,
-) -> PagedModel:
+) -> StandIn:
     """The model at `path` widened to `shape` on `device`; `dtype` auto is bfloat16, `options` and errors as in `load_model`."""
     place = place_of(device)
+    if dtype != "auto" and dtype not in DTYPES:
+        raise ValueError(f"dtype {dtype!r} is unknown; use auto, {', '.join(DTYPES)}")
     base = load_model(
         path, gguf_file=gguf_file, dtype="float32", device="cpu", self_check=False, packed=False, numerics="fast"
     )
-    if dtype != "auto" and dtype not in DTYPES:
-        raise ValueError(f"dtype {dtype!r} is unknown; use auto, {', '.join(DTYPES)}")
-    wide = widen(base.model, shape, DTYPES.get(dtype, torch.bfloat16), place)
-    return prepare(PagedModel(wide, base.tokenizer, f"{base.name} widened"), **options)
+    number = DTYPES.get(dtype, torch.bfloat16)
+    stand_in = StandIn(base.model, shape, number, place, base.tokenizer, f"{base.name} widened")
+    prepare(stand_in, **options)
+    return stand_in
+
+
+class StandIn(PagedModel):
+    """`base` widened to `shape`; `small` is the shape of the base and `small_eps` the eps of its norms, for heads that were
+    made for it."""
+
+    def __init__(
+        self,
+        base: PreTrainedModel,
+        shape: ModelShape,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        name: str = "",
+    ) -> None:
+        self.small, self.shape, self.small_eps = ModelShape.of(base), shape, float(base.config.rms_norm_eps)
+        super().__init__(widen(base, shape, dtype, device), tokenizer, name or "stand-in")
+
+    @property
+    def small_sizes(self) -> ModelSizes:
+        return ModelSizes(self.small.hidden_size, self.small.vocab_size, self.small.num_layers)
 
 
 class Placement:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from specdec.kernels.tree_attention import AttentionPlan
+from specdec.kernels.tree_attention import AttentionPlan, SequencePlan
 from specdec.kernels.tree_attention.batch import WORD, Batch
 
 if TYPE_CHECKING:
@@ -59,6 +59,33 @@ class Ladder:
         return Rung(batch, nodes, words, max(self.min_keys, 1 << (keys - 1).bit_length()))
 
 
+class StaticPlan(AttentionPlan):
+    """A plan that is nothing but the flat tensors of fixed size. Kernels read these; `sequences` reads them back, waiting for
+    the device, for what goes sequence by sequence. Attention of rows that belong to no sequence is undefined.
+    """
+
+    def __init__(self, slots_T: Tensor, batch: Batch) -> None:
+        self.slots_T, self.first_slot, self.batch = slots_T, None, batch
+
+    @property
+    def sequences(self) -> list[SequencePlan]:  # type: ignore[override]
+        batch = self.batched()
+        rows, keys, tails, trees = batch.starts_4b.tolist()
+        bits_W = torch.arange(WORD, device=batch.words_TW.device)
+        plans = []
+        for b in range(batch.num_sequences):
+            queries, num_keys, tail = (ends[b + 1] - ends[b] for ends in (rows, keys, tails))
+            if not queries:
+                continue
+            mask_QM = None
+            if trees[b]:
+                mask_QM = (batch.words_TW[rows[b] : rows[b + 1], :, None] >> bits_W & 1).flatten(1)[:, :tail].bool()
+            positions_M = batch.tail_positions_M[tails[b] : tails[b + 1]].long()
+            slots_K = batch.slots_K[keys[b] : keys[b + 1]].long()
+            plans.append(SequencePlan(rows[b], queries, num_keys - tail, mask_QM, positions_M, None, slots_K))
+        return plans
+
+
 @dataclass
 class StaticInputs:
     """The buffers of one rung on a device. Rows behind the packed ones belong to no sequence: they write to the scratch slot,
@@ -91,7 +118,7 @@ class StaticInputs:
             max_queries=rung.nodes,
             max_keys=rung.keys,
         )
-        self.plan = AttentionPlan(torch.zeros_like(self.tokens_T), None, [], batch)
+        self.plan = StaticPlan(torch.zeros_like(self.tokens_T), batch)
 
     def fill(
         self, tokens_T: Tensor, positions_T: Tensor, plan: AttentionPlan, scratch_slot: int, extra: Seq[Tensor] = ()

@@ -10,15 +10,19 @@ from conftest import VOCAB_SIZE, make_tiny
 from head_cases import attend_within, eagle_config
 
 from specdec import config as configs
-from specdec.drafters import EagleDrafter, NGramDrafter, TopK
-from specdec.drafters.heads import EagleHead
+from specdec.drafters import NGramDrafter, TopK
+from specdec.drafters.eagle import load as load_eagle
+from specdec.drafters.heads import EagleHead, MedusaConfig, MedusaHeads
+from specdec.drafters.heads.formats import save_head
 from specdec.drafters.heads.wide import widen_eagle
+from specdec.drafters.medusa import load as load_medusa
 from specdec.engine import Engine
 from specdec.experiments.system import load_target, target_labels
+from specdec.loading import embedded_model_path
 from specdec.model import PagedModel
 from specdec.sampling import SamplingParams
 from specdec.selfcheck import self_check
-from specdec.stand_in import ModelShape, load_stand_in, widen
+from specdec.stand_in import ModelShape, StandIn, load_stand_in, widen
 from specdec.verifiers import Verifier
 
 SHAPE = ModelShape(
@@ -171,9 +175,9 @@ def test_the_config_loads_one_and_rows_say_so(tokenizer, tmp_path):
 @pytest.mark.parametrize(
     "options", [{"draft_vocab_size": 40}, {"feature_layers": (0, 1, 2)}, {"norm_before_residual": True}]
 )
-def test_an_eagle_head_is_widened_with_its_target(options):
+def test_an_eagle_head_is_widened_with_its_target(options, tmp_path):
     base, generator = make_tiny(), torch.Generator().manual_seed(0)
-    target, wide = PagedModel(base), PagedModel(widen(base, SHAPE))
+    target, wide = PagedModel(base), StandIn(base, SHAPE)
     head = EagleHead(eagle_config(target, 3, **options))
     with torch.no_grad():
         for parameter in head.parameters():
@@ -195,11 +199,38 @@ def test_an_eagle_head_is_widened_with_its_target(options):
         model.model.set_attn_implementation("specdec_paged")
     torch.testing.assert_close(logits[1], logits[0], atol=1e-4, rtol=1e-4)
     policy, params = TopK(total=8, depth=3, k=2), SamplingParams(max_new_tokens=25, ignore_eos=True)
+    save_head(head, tmp_path / "head")
     results = [
-        Engine(Verifier(model), EagleDrafter(one), policy).generate([[5, 6, 7, 8]], params)[0]
-        for model, one in ((target, head), (wide, found))
+        Engine(Verifier(model), load_eagle(str(tmp_path / "head")), policy).generate([[5, 6, 7, 8]], params)[0]
+        for model in (target, wide)
     ]
     assert results[0].token_ids == results[1].token_ids
     assert results[0].metrics.accepted_by_depth == results[1].metrics.accepted_by_depth
+    save_head(MedusaHeads.initial(MedusaConfig(32, VOCAB_SIZE, 2, has_own_lm_head=False)), tmp_path / "medusa")
+    with pytest.raises(ValueError, match="only EAGLE-3 heads can be widened"):
+        Engine(Verifier(wide), load_medusa(str(tmp_path / "medusa")), policy)
     with pytest.raises(ValueError, match="widened are EAGLE-3 heads"):
         widen_eagle(EagleHead(eagle_config(target, 1)), ModelShape.of(base), SHAPE, 1e-6)
+
+
+@pytest.mark.real_model
+def test_the_embedded_model_and_its_head_in_larger_shapes():
+    path = str(embedded_model_path())
+    options = {"dtype": "float32", "device": "cpu", "self_check": False, "packed": False, "numerics": "fast"}
+    shape = ModelShape(768, 1664, 31, 12, 3, 80, 50000)
+    targets = PagedModel.load(path, **options), load_stand_in(path, shape, **options)
+    params, prompt = SamplingParams(max_new_tokens=24, ignore_eos=True), "def fibonacci(n):\n"
+    results = [
+        Engine(Verifier(target), load_eagle("eagle3"), TopK(total=12, depth=4, k=4)).generate([prompt], params)[0]
+        for target in targets
+    ]
+    assert results[0].text == results[1].text
+    assert results[0].metrics.accepted_by_depth == results[1].metrics.accepted_by_depth
+    assert results[0].metrics.tau > 1.3
+    ids = torch.arange(100, 1100)[None]
+    logits = []
+    for target in targets:
+        target.model.set_attn_implementation("sdpa")
+        logits.append(states(target.model, ids)[0])
+    spread = float(logits[0].std())
+    assert float((logits[1][..., : targets[0].vocab_size] - logits[0]).abs().max()) < 1e-3 * spread

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from specdec.kernels.tree_attention.batch import WORD, Batch, make_batch
+from specdec.kernels.tree_attention.batch import Batch, make_batch
 from specdec.kernels.tree_attention.invariant import PathTiles, path_tiles, tree_attention_invariant
 from specdec.kernels.tree_attention.reference import tree_attention_reference
 
@@ -112,7 +112,6 @@ def tree_attention(
         raise ValueError(f"{query_THE.shape[1]} query heads are not a multiple of {key_cache_SGE.shape[1]} kv heads")
     if query_THE.shape[0] != plan.num_rows:
         raise ValueError(f"{query_THE.shape[0]} query rows do not match the plan's")
-    sequences = plan.sequences or unpack(plan.batched())
     if is_invariant:
         if softcap is not None or query_THE.dtype != torch.bfloat16 or query_THE.device.type != "cpu":
             raise ValueError(
@@ -124,28 +123,9 @@ def tree_attention(
                 f"invariant attention is for keys and values of one size, not {key_cache_SGE.shape[2]} and "
                 f"{value_cache_SGE.shape[2]}"
             )
-        return tree_attention_invariant(query_THE, key_cache_SGE, value_cache_SGE, sequences, scaling, window, sinks_H)
+        return tree_attention_invariant(
+            query_THE, key_cache_SGE, value_cache_SGE, plan.sequences, scaling, window, sinks_H
+        )
     return tree_attention_reference(
-        query_THE, key_cache_SGE, value_cache_SGE, sequences, scaling, window, softcap, sinks_H
+        query_THE, key_cache_SGE, value_cache_SGE, plan.sequences, scaling, window, softcap, sinks_H
     )
-
-
-def unpack(batch: Batch) -> list[SequencePlan]:
-    """Plans back from the tensors of a batch, for what goes sequence by sequence; waits for the device.
-
-    Rows that belong to no sequence have no plan: what attention gives for them is undefined.
-    """
-    rows, keys, tails, trees = batch.starts_4b.tolist()
-    bits_W = torch.arange(WORD, device=batch.words_TW.device)
-    plans = []
-    for b in range(batch.num_sequences):
-        queries, num_keys, tail = (ends[b + 1] - ends[b] for ends in (rows, keys, tails))
-        if not queries:
-            continue
-        mask_QM = None
-        if trees[b]:
-            mask_QM = (batch.words_TW[rows[b] : rows[b + 1], :, None] >> bits_W & 1).flatten(1)[:, :tail].bool()
-        positions_M = batch.tail_positions_M[tails[b] : tails[b + 1]].long()
-        slots_K = batch.slots_K[keys[b] : keys[b + 1]].long()
-        plans.append(SequencePlan(rows[b], queries, num_keys - tail, mask_QM, positions_M, None, slots_K))
-    return plans
