@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from specdec.kernels.kv_write import kv_write
+from specdec.kernels.path_commit import path_commit
 from specdec.pages import PagePool, PageTable
 
 if TYPE_CHECKING:
@@ -53,22 +55,14 @@ class KVCache:
     def write(self, layer: int, slots_T: Tensor, first_slot: int | None, keys_TGE: Tensor, values_TGE: Tensor) -> None:
         """Stores new tokens at their slots; `first_slot` where these are one run."""
         group, at = self._group[layer], self._index[layer]
-        own = self._keys_LSGE[group][at], self._values_LSGE[group][at]
-        for cache, new in zip(own, (keys_TGE, values_TGE), strict=True):
-            if first_slot is not None:
-                cache[first_slot : first_slot + new.shape[0]] = new
-            else:
-                cache.index_copy_(0, slots_T, new.to(cache.dtype))
+        kv_write(self._keys_LSGE[group][at], self._values_LSGE[group][at], slots_T, first_slot, keys_TGE, values_TGE)
 
     def move(self, source: list[int], target: list[int]) -> None:
         """Copies slots to slots in every layer: how an accepted path reaches its positions."""
         pairs = [(s, t) for s, t in zip(source, target, strict=True) if s != t]
-        if not pairs:
-            return
-        sources, targets = torch.tensor(pairs, device=self.device).unbind(1)
-        for cache in (*self._keys_LSGE, *self._values_LSGE):
-            # Reading first makes a copy, so a slot may be both source and target.
-            cache.index_copy_(1, targets, cache.index_select(1, sources))
+        if pairs:
+            sources, targets = torch.tensor(pairs, device=self.device).unbind(1)
+            path_commit((*self._keys_LSGE, *self._values_LSGE), sources[None], targets[None])
 
     def gather(self, layer: int, table: PageTable, num_tokens: int) -> tuple[Tensor, Tensor]:
         """Keys and values of a sequence's first `num_tokens` positions, contiguous."""

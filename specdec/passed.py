@@ -14,23 +14,24 @@ import torch
 import transformers
 
 import specdec
-from specdec.kernels import tree_attention
+from specdec.kernels import kv_write, path_commit, tree_attention
 from specdec.model import PagedModel
 
 
 def record_of(model: PagedModel, check: str, sources: Seq[str], *more: object) -> Path | None:
     """The file that records a pass of `check`; None where there is no cache folder.
 
-    `sources` are the modules of the core, beside the attention's own files, whose change makes it void, `more` whatever
-    else does.
+    `sources` are the modules of the core, beside the attention's and the cache's kernels, whose change makes it void, `more`
+    whatever else does.
     """
     config = model.model.config.to_dict()
     for name in ("_name_or_path", "name_or_path", "transformers_version"):
         config.pop(name, None)
-    kernel = sorted(Path(tree_attention.__file__).parent.glob("*.py"))
+    ops = kv_write.__file__, path_commit.__file__, tree_attention.__file__
+    kernel = [path for op in ops for path in sorted(Path(op).parent.glob("*.py"))]
     core = [Path(__file__).with_name(f"{name}.py") for name in sources]
     digests = [hashlib.sha256(path.read_bytes()).hexdigest() for path in (*core, *kernel)]
-    versions = [torch.__version__, transformers.__version__, specdec.__version__]
+    versions = [torch.__version__, transformers.__version__, specdec.__version__, os.environ.get("SPECDEC_KERNELS", "")]
     place = torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else model.device.type
     key = [config, f"{type(model.model).__module__}.{type(model.model).__qualname__}", versions, digests, place, more]
     digest = hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()

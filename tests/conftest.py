@@ -8,6 +8,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
+
+# Before anything imports triton, which then asks whether kernels are to run in Python.
+os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")
+
+import interpreter  # noqa: F401
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from specdec.engine import Engine

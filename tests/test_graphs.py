@@ -91,7 +91,9 @@ def test_padded_forwards_give_the_logits_of_every_path(architecture, monkeypatch
     assert len(made[0]) > 3
 
 
-def test_a_padded_forward_writes_to_its_own_slots_and_the_scratch_slot_alone():
+@pytest.mark.parametrize("kernels", ["reference", "triton"])
+def test_a_padded_forward_writes_to_its_own_slots_and_the_scratch_slot_alone(kernels, monkeypatch):
+    monkeypatch.setenv("SPECDEC_KERNELS", kernels)
     model, _ = make_pair("llama")
     pool = PagePool(12, page_size=4)
     cache, table = model.new_cache(pool), PageTable(pool)

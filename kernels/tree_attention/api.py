@@ -7,8 +7,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from specdec.kernels.dispatch import use_triton
 from specdec.kernels.tree_attention.batch import Batch, make_batch
 from specdec.kernels.tree_attention.invariant import PathTiles, path_tiles, tree_attention_invariant
+from specdec.kernels.tree_attention.launch import MAX_HEAD_SIZE
 from specdec.kernels.tree_attention.reference import tree_attention_reference
 
 
@@ -105,13 +107,20 @@ def tree_attention(
 
     H must be a multiple of the cache's G kv heads (grouped-query attention). `window` counts positions including the
     query's own, `softcap` bounds scores by softcap * tanh(score / softcap), `sinks_H` adds one logit per head to the
-    softmax's denominator. `is_invariant` makes a token's bits depend on its own path alone (bfloat16 on the CPU, no
-    softcap). Raises ValueError for shapes that do not fit, and for what the invariant kernel does not do.
+    softmax's denominator. `is_invariant` makes a token's bits depend on its own path alone (on the CPU in bfloat16 and without
+    softcap only). Raises ValueError for shapes that do not fit, and for what the kernels do not do.
     """
     if query_THE.shape[1] % key_cache_SGE.shape[1]:
         raise ValueError(f"{query_THE.shape[1]} query heads are not a multiple of {key_cache_SGE.shape[1]} kv heads")
     if query_THE.shape[0] != plan.num_rows:
         raise ValueError(f"{query_THE.shape[0]} query rows do not match the plan's")
+    if use_triton(query_THE, _obstacle(query_THE, value_cache_SGE)):
+        # Here, since triton need not be installed where it is not used.
+        from specdec.kernels.tree_attention.invariant_triton import tree_attention_invariant_triton
+        from specdec.kernels.tree_attention.triton import tree_attention_triton
+
+        kernel = tree_attention_invariant_triton if is_invariant else tree_attention_triton
+        return kernel(query_THE, key_cache_SGE, value_cache_SGE, plan.batched(), scaling, window, softcap, sinks_H)
     if is_invariant:
         if softcap is not None or query_THE.dtype != torch.bfloat16 or query_THE.device.type != "cpu":
             raise ValueError(
@@ -129,3 +138,11 @@ def tree_attention(
     return tree_attention_reference(
         query_THE, key_cache_SGE, value_cache_SGE, plan.sequences, scaling, window, softcap, sinks_H
     )
+
+
+def _obstacle(query_THE: Tensor, value_cache_SGE: Tensor) -> str | None:
+    """Why the Triton kernels cannot do it; None where they can."""
+    size = max(query_THE.shape[2], value_cache_SGE.shape[2])
+    if query_THE.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        return f"attention in {query_THE.dtype} has no Triton kernel; use another dtype"
+    return None if size <= MAX_HEAD_SIZE else f"heads of {size} numbers exceed {MAX_HEAD_SIZE}; use another model"
