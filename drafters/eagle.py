@@ -18,12 +18,13 @@ from specdec.drafters.levels import LevelDrafter, LevelRound, Span
 from specdec.drafters.network import NextLogits, fitted
 from specdec.drafters.vocabulary import drafting
 from specdec.interfaces import Commit
-from specdec.kernels.tree_attention import tree_attention
+from specdec.kernels.tree_attention import AttentionPlan, tree_attention
 from specdec.kv_cache import KVCache, LayerShape
 from specdec.model import PagedModel, Segment, plan_attention
 from specdec.packing import can_pack
 from specdec.pages import PagePool
 from specdec.sequence import Sequence
+from specdec.static_shapes import StaticInputs
 
 
 @dataclass
@@ -112,13 +113,26 @@ class EagleDrafter(LevelDrafter):
         """One forward of the head over the packed entries of all segments; their keys and values are in the cache then."""
         assert self._cache is not None, "bind() comes first"
         cache, plan = self._cache, plan_attention(segments, self.device)
+        if cache.graphs is not None:
+
+            def body(inputs: StaticInputs) -> tuple[Tensor, ...]:
+                return (self._run(inputs.tokens_T, inputs.extra[0], inputs.positions_T, inputs.plan),)
+
+            replayed = cache.graphs.run(self.name, segments, plan, cache.scratch_slot, body, (features_TD,))
+            if replayed is not None:
+                return replayed[0]
+        tokens_T = torch.cat([segment.token_ids_Q for segment in segments])
+        positions_T = torch.cat([segment.positions_Q for segment in segments])
+        return self._run(tokens_T, features_TD, positions_T, plan)
+
+    def _run(self, tokens_T: Tensor, features_TD: Tensor, positions_T: Tensor, plan: AttentionPlan) -> Tensor:
+        cache = self._cache
+        assert cache is not None
 
         def attend(query_THE: Tensor, key_TGE: Tensor, value_TGE: Tensor) -> Tensor:
             cache.write(0, plan.slots_T, plan.first_slot, key_TGE, value_TGE)
             return tree_attention(query_THE, *cache.layer(0), plan, scaling=query_THE.shape[-1] ** -0.5)
 
-        tokens_T = torch.cat([segment.token_ids_Q for segment in segments])
-        positions_T = torch.cat([segment.positions_Q for segment in segments])
         embed = self._target.embed if self._served.embed_tokens is None else self._served.embed_tokens
         if self._fused is not None:
             return self._fused.run(embed(tokens_T), features_TD, positions_T, plan, cache)

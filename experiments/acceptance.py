@@ -22,7 +22,7 @@ from specdec.experiments.jury import Jury, chosen_rules
 from specdec.experiments.prompts import check_chat, read_prompts, uses_chat, wrap
 from specdec.experiments.replay import Replay
 from specdec.experiments.resume import Measurements, digest
-from specdec.experiments.system import check_draft, drafter_label, load_target, plain_system, target_name
+from specdec.experiments.system import check_draft, drafter_label, load_target, plain_system, target_labels
 from specdec.experiments.visits import Visit, Visitor
 from specdec.interfaces import TreePolicy
 from specdec.model import PagedModel
@@ -113,7 +113,7 @@ def _common_labels(config: AcceptanceConfig, target: PagedModel, chat: bool, par
     return {
         "experiment": "acceptance",
         "system": "specdec",
-        "target": target_name(config.target),
+        **target_labels(config.target),
         "drafter": drafter_label(config.drafter),
         "prompts": config.prompts or Path(config.prompt_file or "").stem,
         "template": config.template,

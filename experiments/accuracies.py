@@ -16,7 +16,7 @@ from specdec.drafters.choices import best_choices, expected_length
 from specdec.drafters.training.records import RecordSet, write_json
 from specdec.experiments.building import build
 from specdec.experiments.resume import Measurements, digest
-from specdec.experiments.system import check_draft, drafter_label, load_target, target_name
+from specdec.experiments.system import check_draft, drafter_label, load_target, target_labels
 from specdec.experiments.train_setup import data_folders
 from specdec.provenance import provenance
 
@@ -33,7 +33,7 @@ def run(config: AccuraciesConfig, command: str) -> int:
     folder = Path(config.folder)
     folder.mkdir(parents=True, exist_ok=True)
     raw = Measurements(folder / "raw.jsonl")
-    labels = {"target": target_name(config.target), "drafter": drafter_label(config.drafter), "data": data.fingerprint}
+    labels = {**target_labels(config.target), "drafter": drafter_label(config.drafter), "data": data.fingerprint}
     try:
         drafter, target = build(config.drafter), load_target(config.target)
         found: RankAccuracies | None = None

@@ -25,7 +25,7 @@ from specdec.experiments.contenders import (
 )
 from specdec.experiments.prompts import check_chat, read_prompts, uses_chat, wrap
 from specdec.experiments.resume import Measurements, digest
-from specdec.experiments.system import load_system, load_target, plain_system, target_name
+from specdec.experiments.system import load_system, load_target, plain_system, target_labels
 from specdec.model import PagedModel
 from specdec.provenance import device_name, provenance
 from specdec.request import encode
@@ -98,7 +98,7 @@ def _check_params(config: BenchmarkConfig) -> SamplingParams:
 def _common_labels(config: BenchmarkConfig, target: PagedModel, chat: bool, params: SamplingParams) -> dict[str, Any]:
     return {
         "experiment": "benchmark",
-        "target": target_name(config.target),
+        **target_labels(config.target),
         "prompts": config.prompts or Path(config.prompt_file or "").stem,
         "template": config.template,
         "chat": chat,

@@ -18,7 +18,7 @@ from specdec.config import CertifyConfig, EngineConfig, TargetConfig
 from specdec.experiments.building import sampling_params
 from specdec.experiments.contenders import PLAIN, system_config
 from specdec.experiments.prompts import check_chat, read_prompts, uses_chat, wrap
-from specdec.experiments.system import System, load_system, load_target, plain_system, rule_and_policy, target_name
+from specdec.experiments.system import System, load_system, load_target, plain_system, rule_and_policy, target_labels
 from specdec.model import PagedModel
 from specdec.provenance import device_name
 from specdec.request import encode
@@ -108,7 +108,7 @@ class RealParts:
 
     def _labels(self, settings: TargetConfig, target: PagedModel) -> dict[str, Any]:
         return {
-            "target": target_name(settings),
+            **target_labels(settings),
             "dtype": str(target.dtype).removeprefix("torch."),
             "device": device_name(target.device),
             "prompts": self.config.prompts or Path(self.config.prompt_file or "").stem,

@@ -25,7 +25,7 @@ from specdec.drafters.training.records import RecordWriter
 from specdec.drafters.training.sources import Answers, Documents, GivenPrompts, SelfPrompts, Source
 from specdec.experiments.building import sampling_params
 from specdec.experiments.prompts import read_documents, read_prompts, wrap
-from specdec.experiments.system import load_target, plain_system, target_name
+from specdec.experiments.system import load_target, plain_system, target_labels
 from specdec.model import PagedModel
 from specdec.provenance import provenance
 from specdec.sampling import SamplingParams
@@ -76,7 +76,7 @@ def _settings(config: DataConfig, exclusion: Exclusion) -> dict[str, Any]:
     """What makes a record what it is."""
     values = {key: value for key, value in asdict(config).items() if key not in (*_FREE, "exclude", "target")}
     return {
-        "target": target_name(config.target),
+        **target_labels(config.target),
         "dtype": config.target.dtype,
         **values,
         "source": {"kind": config.source.label, **values["source"]},

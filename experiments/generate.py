@@ -16,7 +16,7 @@ from specdec.experiments.building import build, sampling_params
 from specdec.experiments.measurement import Measurement, decode, warm_up
 from specdec.experiments.prompts import check_chat, read_prompts, uses_chat, wrap
 from specdec.experiments.report import comparison_table
-from specdec.experiments.system import check_speculation, load_system, load_target, plain_system, target_name
+from specdec.experiments.system import check_speculation, load_system, load_target, plain_system, target_labels
 from specdec.provenance import device_name, provenance
 from specdec.request import Result, Token
 from specdec.sampling import SamplingParams
@@ -79,7 +79,7 @@ class _Session:
         target = load_target(config.target)
         chat = uses_chat(config.chat, target.tokenizer)
         labels = {
-            "target": target_name(config.target),
+            **target_labels(config.target),
             **system.labels,
             "temperature": config.sampling.temperature,
             "batch_size": min(config.engine.max_batch_size, len(prompts)),

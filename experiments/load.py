@@ -26,7 +26,7 @@ from specdec.experiments.load_contenders import (
 from specdec.experiments.load_report import load_picture, load_tables
 from specdec.experiments.load_rows import LoadRun, Point, load_row
 from specdec.experiments.load_session import Session
-from specdec.experiments.system import drafter_label, load_system, load_target, rule_and_policy, target_name
+from specdec.experiments.system import drafter_label, load_system, load_target, rule_and_policy, target_labels
 from specdec.experiments.workload import LoadRequest, Workload
 from specdec.live import LiveView
 from specdec.model import PagedModel
@@ -93,7 +93,7 @@ def _common_labels(
     }
     return {
         "experiment": "load",
-        "target": target_name(config.target),
+        **target_labels(config.target),
         "drafter_asked": drafter_label(config.drafter),
         "prompts": "+".join(one.name for one in workload.sets),
         "mixture": {one.name: one.weight for one in workload.sets},

@@ -22,7 +22,7 @@ from specdec.experiments.system import (
     load_target,
     plain_system,
     rule_and_policy,
-    target_name,
+    target_labels,
 )
 from specdec.experiments.workload import LoadRequest, Workload
 from specdec.live import LiveState, LiveView, Meter, engine_gauges
@@ -92,7 +92,7 @@ class _Check:
         self._plain: dict[str, Engine] = {}
         self._num_done = 0
         self._common = {
-            "target": target_name(self.config.target),
+            **target_labels(self.config.target),
             "dtype": str(self.target.dtype).removeprefix("torch."),
             "numerics": self.target.numerics,
             "device": device_name(self.target.device),

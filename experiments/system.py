@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from specdec.config import DrafterConfig, EngineConfig, SystemConfig, TargetConfig, UnionConfig
+from specdec.config import DrafterConfig, EngineConfig, StandInConfig, SystemConfig, TargetConfig, UnionConfig
 from specdec.drafters.adaptive import AdaptiveSpeculation
 from specdec.drafters.union import check_policy
 from specdec.engine import Engine
@@ -15,6 +15,7 @@ from specdec.experiments.calibration import calibrated_costs
 from specdec.interfaces import AcceptanceRule, Drafter, Speculation, TreePolicy
 from specdec.loading import embedded_model_path
 from specdec.model import PagedModel
+from specdec.stand_in import ModelShape, load_stand_in
 from specdec.verifiers import Coupled, Follow, Verifier
 
 SPECULATIONS = ("fixed", "adaptive")
@@ -49,6 +50,7 @@ class System:
             num_pages=config.num_pages,
             speculation=self._speculation(target, config),
             share_prefixes=config.share_prefixes,
+            cuda_graphs=config.cuda_graphs,
         )
 
     def _speculation(self, target: PagedModel, config: EngineConfig) -> Speculation | None:
@@ -108,15 +110,25 @@ def plain_system(rule: AcceptanceRule | None = None) -> System:
 def load_target(config: TargetConfig) -> PagedModel:
     """Raises ValueError or OSError where the model is not found or cannot run over pages."""
     path = config.path if config.path is not None else str(embedded_model_path())
-    return PagedModel.load(
-        path,
-        gguf_file=config.gguf_file,
-        dtype=config.dtype,
-        device=config.device,
-        self_check=config.self_check,
-        packed=config.packed,
-        numerics=config.numerics,
-    )
+    options: dict[str, Any] = {
+        "gguf_file": config.gguf_file,
+        "dtype": config.dtype,
+        "device": config.device,
+        "self_check": config.self_check,
+        "packed": config.packed,
+        "numerics": config.numerics,
+    }
+    if isinstance(config, StandInConfig):
+        return load_stand_in(path, ModelShape(**asdict(config.shape)), **options)
+    return PagedModel.load(path, **options)
+
+
+def target_labels(config: TargetConfig) -> dict[str, Any]:
+    """The fields of a row that say what the target is: its name, and of a stand-in that it is one, and of what shape."""
+    labels: dict[str, Any] = {"target": target_name(config)}
+    if isinstance(config, StandInConfig):
+        labels |= {"stand_in": True, "shape": asdict(config.shape)}
+    return labels
 
 
 def target_name(config: TargetConfig) -> str:

@@ -11,8 +11,10 @@ from dataclasses import replace
 
 import torch
 
+from specdec.graphs import ForwardGraphs
 from specdec.handle import Handle
 from specdec.interfaces import Commit, Drafter, Speculation, TreePolicy, Verdict, Verifier
+from specdec.kv_cache import KVCache
 from specdec.metrics import EngineMetrics, StepTimes
 from specdec.noise import CounterNoise
 from specdec.pages import PagePool, PageTable
@@ -29,7 +31,8 @@ class Engine:
     Args: `verifier` holds target and rule, `drafter` and `policy` go together, `speculation` may depart from the policy step by
     step. `max_batch_size` sequences run at once; prompts go in pieces, `prefill_chunk` tokens of all of them per step.
     `num_pages` bounds the KV cache (None: it grows with the need); `share_prefixes` keeps the pages of what has been computed
-    for requests that begin alike. Not thread safe. Raises ValueError where rule, policy,
+    for requests that begin alike. On CUDA, `cuda_graphs` records the forwards of trees and replays them; give `num_pages`
+    there, for graphs are recorded anew when the cache grows. Not thread safe. Raises ValueError where rule, policy,
     drafter and target do not fit together.
     """
 
@@ -45,6 +48,7 @@ class Engine:
         num_pages: int | None = None,
         share_prefixes: bool = True,
         speculation: Speculation | None = None,
+        cuda_graphs: bool = True,
     ) -> None:
         if (drafter is None) != (policy is None):
             raise ValueError(
@@ -76,6 +80,10 @@ class Engine:
         self._ids = itertools.count()
         if drafter is not None:
             drafter.bind(self.target, self.pool)
+        if cuda_graphs:
+            for storage in self.pool.storages:
+                if isinstance(storage, KVCache) and storage.device.type == "cuda":
+                    storage.graphs = ForwardGraphs(storage.device)
 
     def submit(
         self, prompt: Prompt, params: SamplingParams | None = None, *, chat: bool = False, index: int | None = None

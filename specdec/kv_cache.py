@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -10,6 +11,9 @@ from torch import Tensor
 from specdec.kernels.kv_write import kv_write
 from specdec.kernels.path_commit import path_commit
 from specdec.pages import PagePool, PageTable
+
+if TYPE_CHECKING:
+    from specdec.graphs import ForwardGraphs
 
 
 @dataclass(frozen=True)
@@ -24,13 +28,17 @@ class LayerShape:
 class KVCache:
     """Keys and values of all layers on a pool's pages; layers of one shape share a tensor, so a commit is one move.
 
-    Slots are those of `PagePool`: growing the pool grows the tensors and keeps their contents.
+    Slots are those of `PagePool`: growing the pool grows the tensors and keeps their contents. One more lies behind them,
+    `scratch_slot`, which rows of padding write to and nobody reads. `graphs` are forwards recorded over these tensors.
     """
+
+    graphs: ForwardGraphs | None = None
 
     def __init__(
         self, pool: PagePool, shapes: list[LayerShape], dtype: torch.dtype, device: torch.device | str
     ) -> None:
         self.pool, self.shapes, self.dtype, self.device = pool, shapes, dtype, torch.device(device)
+        self.scratch_slot = 0
         distinct = list(dict.fromkeys(shapes))
         self._group = [distinct.index(shape) for shape in shapes]
         self._index = [self._group[:layer].count(self._group[layer]) for layer in range(len(shapes))]
@@ -42,8 +50,8 @@ class KVCache:
 
     def layer(self, index: int) -> tuple[Tensor, Tensor]:
         """Keys [S, G, E_k] and values [S, G, E_v] of one layer over all slots; views, written in place."""
-        group, at = self._group[index], self._index[index]
-        return self._keys_LSGE[group][at], self._values_LSGE[group][at]
+        group, at, slots = self._group[index], self._index[index], self.scratch_slot
+        return self._keys_LSGE[group][at, :slots], self._values_LSGE[group][at, :slots]
 
     def addresses(self) -> tuple[list[int], list[int]]:
         """Where the keys and values of each layer lie in memory; another place after the pool has grown."""
@@ -54,7 +62,8 @@ class KVCache:
 
     def write(self, layer: int, slots_T: Tensor, first_slot: int | None, keys_TGE: Tensor, values_TGE: Tensor) -> None:
         """Stores new tokens at their slots; `first_slot` where these are one run."""
-        kv_write(*self.layer(layer), slots_T, first_slot, keys_TGE, values_TGE)
+        group, at = self._group[layer], self._index[layer]
+        kv_write(self._keys_LSGE[group][at], self._values_LSGE[group][at], slots_T, first_slot, keys_TGE, values_TGE)
 
     def move(self, source: list[int], target: list[int]) -> None:
         """Copies slots to slots in every layer: how an accepted path reaches its positions."""
@@ -77,9 +86,13 @@ class KVCache:
         slots = num_pages * self.pool.page_size
         for group in (self._keys_LSGE, self._values_LSGE):
             for i, old in enumerate(group):
-                new = old.new_zeros(old.shape[0], slots, *old.shape[2:])
-                new[:, : min(slots, old.shape[1])] = old[:, :slots]
+                new = old.new_zeros(old.shape[0], slots + 1, *old.shape[2:])
+                kept = min(slots, self.scratch_slot)
+                new[:, :kept] = old[:, :kept]
                 group[i] = new
+        self.scratch_slot = slots
+        if self.graphs is not None:
+            self.graphs.clear()
 
     def copy_pages(self, source: list[int], target: list[int]) -> None:
         size = self.pool.page_size
@@ -93,4 +106,4 @@ class KVCache:
         self.pool.detach(self)
 
     def _empty(self, layers: int, heads: int, size: int) -> Tensor:
-        return torch.empty(layers, 0, heads, size, dtype=self.dtype, device=self.device)
+        return torch.empty(layers, 1, heads, size, dtype=self.dtype, device=self.device)

@@ -56,7 +56,7 @@ def load_model(
     Raises FileNotFoundError or ValueError, in one line, for anything that cannot be loaded; UnsupportedModelError (a
     ValueError) for a model that would not be exact.
     """
-    place = _device(device)
+    place = place_of(device)
     if dtype != "auto" and dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r} is unknown; use auto, {', '.join(DTYPES)}")
     if numerics not in ("auto", "fast", "invariant"):
@@ -90,7 +90,11 @@ def load_model(
     # Dequantized, the model is an ordinary one: it can be saved, and a copy of its config built.
     if file and hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
-    paged = PagedModel(model, tokenizer, name)
+    return prepare(PagedModel(model, tokenizer, name), self_check=self_check, packed=packed, numerics=numerics)
+
+
+def prepare(paged: PagedModel, *, self_check: bool = True, packed: bool = True, numerics: str = "auto") -> PagedModel:
+    """Makes a model ready to serve and returns it: checks, packs, and sets its numerics as `load_model` says."""
     if self_check:
         from specdec.selfcheck import self_check as check
 
@@ -179,7 +183,8 @@ def _checked_folder(folder: Path, gguf_file: str | None) -> str | None:
     return gguf_file
 
 
-def _device(device: str | torch.device) -> torch.device:
+def place_of(device: str | torch.device) -> torch.device:
+    """auto (CUDA where there is one) or a torch device. Raises ValueError for one that cannot be used."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

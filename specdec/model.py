@@ -20,6 +20,7 @@ from specdec.kernels.tree_attention import AttentionPlan, SequencePlan
 from specdec.kv_cache import KVCache
 from specdec.packing import can_pack, pack_linears, set_invariant
 from specdec.pages import PagePool, PageTable
+from specdec.static_shapes import StaticInputs
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,10 @@ class Segment:
     positions_Q: Tensor
     tail_mask_QM: Tensor | None = None
     tail_positions_M: Tensor | None = None
+
+    @property
+    def tail_len(self) -> int:
+        return len(self.positions_Q if self.tail_positions_M is None else self.tail_positions_M)
 
 
 class PagedModel:
@@ -157,13 +162,43 @@ class PagedModel:
         `wanted_rows` picks the packed rows whose logits are returned (None: all); `hidden_layers` the hidden states
         returned for every packed token. The pages must have been reserved.
         """
+        plan = plan_attention(segments, self.device)
+        if cache.graphs is not None:
+            replayed = self._replay(segments, plan, cache, wanted_rows, hidden_layers)
+            if replayed is not None:
+                return replayed
         tokens = torch.cat([segment.token_ids_Q for segment in segments])
         positions = torch.cat([segment.positions_Q for segment in segments])
-        context = TreeContext(plan_attention(segments, self.device), cache, self.numerics == "invariant")
+        context = TreeContext(plan, cache, self.numerics == "invariant")
         rows = torch.arange(len(tokens), device=self.device) if wanted_rows is None else wanted_rows
         if self._decoder is not None:
             return self._decoder.forward(tokens, positions, context.plan, cache, rows, hidden_layers)
         return self._run(tokens, positions, context, rows, tuple(hidden_layers))
+
+    def _replay(
+        self,
+        segments: Seq[Segment],
+        plan: AttentionPlan,
+        cache: KVCache,
+        wanted_rows: Tensor | None,
+        hidden_layers: Seq[int],
+    ) -> ForwardResult | None:
+        """The same forward as a recorded graph of fixed shape, all rows' logits included; None where it is not to be had."""
+        layers = tuple(hidden_layers)
+        is_invariant = self.numerics == "invariant"
+
+        def body(inputs: StaticInputs) -> tuple[Tensor, ...]:
+            context = TreeContext(inputs.plan, cache, is_invariant)
+            result = self._run(inputs.tokens_T, inputs.positions_T, context, inputs.rows_T, layers)
+            return (result.logits_RV, *(result.hidden[layer] for layer in layers))
+
+        assert cache.graphs is not None
+        outputs = cache.graphs.run((self.name, layers, is_invariant), segments, plan, cache.scratch_slot, body)
+        if outputs is None:
+            return None
+        logits_TV, *hidden = outputs
+        logits_RV = logits_TV if wanted_rows is None else logits_TV[wanted_rows]
+        return ForwardResult(logits_RV, dict(zip(layers, hidden, strict=True)))
 
     def _run(
         self, tokens: Tensor, positions: Tensor, context: TreeContext, rows: Tensor, hidden_layers: tuple[int, ...] = ()

@@ -56,6 +56,10 @@ class PagePool:
     def num_free(self) -> int:
         return len(self._free)
 
+    @property
+    def storages(self) -> tuple[Storage, ...]:
+        return tuple(self._storages)
+
     def references(self, page: int) -> int:
         return self._references[page]
 

@@ -85,7 +85,7 @@ def drafts(model_folder, tmp_path_factory) -> dict[str, str]:
     save_head(medusa, folder / "tiny-medusa")
     save_head(EagleHead(eagle_config(target, 3, draft_vocab_size=40)), folder / "tiny-eagle")
     heads = {name: str(folder / f"tiny-{name}") for name in ("medusa", "eagle")}
-    defaults = {"for_embedded": heads["eagle"], "for_hf": model_folder}
+    defaults = {"for_embedded": heads["eagle"], "for_hf": model_folder, "for_stand_in": model_folder}
     return {"ngram": model_folder, "small_model": model_folder, "union": heads["eagle"], **heads, **defaults}
 
 
@@ -97,6 +97,7 @@ DRAFTERS = {
     "union": UnionDrafter,
     "for_embedded": UnionDrafter,
     "for_hf": NGramDrafter,
+    "for_stand_in": NGramDrafter,
 }
 LABELS = {name: f"{name}(tiny-{name})" for name in DRAFTERS} | {
     "ngram": "ngram",
@@ -104,6 +105,7 @@ LABELS = {name: f"{name}(tiny-{name})" for name in DRAFTERS} | {
     "union": "union(ngram, eagle(tiny-eagle))",
     "for_embedded": "union(ngram, eagle(tiny-eagle))",
     "for_hf": "ngram",
+    "for_stand_in": "ngram",
 }
 
 

@@ -11,7 +11,9 @@ from specdec.checkpoint import Checkpoint, read_checkpoint
 from specdec.drafters.heads.eagle import EagleHead
 from specdec.drafters.heads.formats import load_head
 from specdec.drafters.heads.medusa import MedusaHeads
+from specdec.drafters.heads.wide import widen_eagle
 from specdec.model import PagedModel
+from specdec.stand_in import StandIn
 
 HeadT = TypeVar("HeadT", bound=nn.Module)
 _DRAFTERS: dict[type[nn.Module], str] = {MedusaHeads: "medusa", EagleHead: "eagle"}
@@ -36,12 +38,18 @@ class HeadSource(Generic[HeadT]):
         if self._read is None or self._read[0] is not target:
             # The checkpoint's tensors go with the first head; a second target is a rare thing.
             held, self._checkpoint = self._checkpoint or self.path, None
-            head = load_head(held, target, dtype=target.dtype, device=target.device, **self._options)
+            made_for = target.small_sizes if isinstance(target, StandIn) else target
+            head = load_head(held, made_for, dtype=target.dtype, device=target.device, **self._options)
             if not isinstance(head, self._kind):
                 raise ValueError(
                     f"{self.path} holds {type(head).__name__}, which drafter={_DRAFTERS[self._kind]} cannot run: "
                     f"use drafter={_DRAFTERS[type(head)]}"
                 )
+            if isinstance(target, StandIn):
+                if not isinstance(head, EagleHead):
+                    raise ValueError(f"{self.path}: for a stand-in only EAGLE-3 heads can be widened")
+                head = widen_eagle(head, target.small, target.shape, target.small_eps)
+            assert isinstance(head, self._kind)
             self._read = target, head
         return self._read[1]
 

@@ -25,6 +25,26 @@ class TargetConfig:
 
 
 @dataclass
+class ShapeConfig:
+    """See `specdec.stand_in.ModelShape`."""
+
+    hidden_size: int = MISSING
+    intermediate_size: int = MISSING
+    num_layers: int = MISSING
+    num_heads: int = MISSING
+    num_kv_heads: int = MISSING
+    head_size: int = MISSING
+    vocab_size: int = MISSING
+
+
+@dataclass
+class StandInConfig(TargetConfig):
+    """A small model widened to `shape`: it says what the small one does and costs what a large one does."""
+
+    shape: ShapeConfig = field(default_factory=ShapeConfig)
+
+
+@dataclass
 class PolicyConfig:
     """Base of the tree policies."""
 
@@ -182,6 +202,7 @@ class EngineConfig:
     num_pages: int | None = None
     speculation: str = "fixed"
     share_prefixes: bool = True
+    cuda_graphs: bool = True
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""The commands that measure and check: benchmark, certify, acceptance, accuracies, load, stream_check."""
+"""The commands that measure and check: benchmark, certify, acceptance, accuracies, load, stream_check, gpu_check."""
 
 from __future__ import annotations
 
@@ -7,7 +7,14 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from specdec.config.components import DrafterConfig, EngineConfig, SamplingConfig, TargetConfig, TrackingConfig
+from specdec.config.components import (
+    DrafterConfig,
+    EngineConfig,
+    SamplingConfig,
+    ShapeConfig,
+    TargetConfig,
+    TrackingConfig,
+)
 from specdec.config.runs import PromptsConfig, RunConfig, SystemConfig, SystemsConfig, WorkloadConfig
 
 
@@ -128,3 +135,26 @@ class StreamCheckConfig(SystemsConfig, WorkloadConfig):
     stream_length: int = MISSING
     output: str = MISSING
     work_dir: str = MISSING
+
+
+@dataclass
+class GpuCheckConfig(PromptsConfig):
+    """`parts` are kernels, text, rounding (checks), bandwidth, forward, decode (measures), which are taken of a stand-in of
+    `shape` beside the target itself. An item of `systems` holds the overrides that one would give to `generate`; those of a
+    head read `draft`. `small` makes the kernels' cases small. `prompt_file` None is a few prompts built in."""
+
+    target: TargetConfig = field(default_factory=TargetConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    shape: ShapeConfig = field(default_factory=ShapeConfig)
+    prompts: str | None = None
+    draft: str | None = None
+    systems: list[str] = MISSING
+    parts: list[str] = MISSING
+    contexts: list[int] = MISSING
+    batch_sizes: list[int] = MISSING
+    num_nodes: int = MISSING
+    max_new_tokens: int = MISSING
+    repeats: int = MISSING
+    copy_mib: int = MISSING
+    small: bool = False
+    output: str | None = None

@@ -1,0 +1,135 @@
+"""`specdec gpu_check` in small, on the CPU: what it checks, what it measures, and that it does not measure what is wrong."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_tiny
+from head_cases import eagle_config
+
+from specdec import cli
+from specdec.drafters.heads import EagleHead
+from specdec.drafters.heads.formats import save_head
+from specdec.experiments import gpu_kernels
+from specdec.experiments.gpu_kernels import SMALL, check_kernels
+from specdec.experiments.gpu_measures import device_seconds, trees, wall_seconds
+from specdec.model import PagedModel
+
+SHAPE = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_layers": 3,
+    "num_heads": 8,
+    "num_kv_heads": 4,
+    "head_size": 16,
+    "vocab_size": 300,
+}
+RESULT_FIELDS = set(
+    """experiment system target drafter policy rule num_nodes prompts temperature batch_size dtype device tau tokens_per_s
+    plain_tokens_per_s speedup efficiency lossless command revision versions date""".split()  # noqa: SIM905
+)
+
+
+@pytest.fixture(scope="module")
+def words(tokenizer, tmp_path_factory) -> list[str]:
+    folder = tmp_path_factory.mktemp("models")
+    model = make_tiny(vocab_size=len(tokenizer), max_position_embeddings=512)
+    model.save_pretrained(folder / "tiny")
+    tokenizer.save_pretrained(folder / "tiny")
+    save_head(EagleHead(eagle_config(PagedModel(model), 3, draft_vocab_size=40)), folder / "head")
+    return [
+        "gpu_check",
+        "target=hf",
+        f"target.path={folder}/tiny",
+        "target.device=cpu",
+        f"draft={folder}/head",
+        *(f"shape.{name}={value}" for name, value in SHAPE.items()),
+        "contexts=[16,40,4000]",
+        "batch_sizes=[1,2]",
+        "num_nodes=5",
+        "max_new_tokens=6",
+        "repeats=1",
+        "copy_mib=1",
+        "small=true",
+        "limit=2",
+    ]
+
+
+def rows_of(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_all_parts_in_small(words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main([*words, "output=gpu.jsonl"]) == 0
+    out = capsys.readouterr().out
+    for told in ("tree_attention float32", "invariant attention", "text: drafter=ngram", "rounding: drafter=eagle"):
+        assert told in " ".join(out.split())
+    assert "these times are a CPU's" in out
+    rows = rows_of(Path("gpu.jsonl"))
+    assert all(row["is_gpu"] is False and row["experiment"] == "gpu_check" for row in rows)
+    by = {measure: [row for row in rows if row["measure"] == measure] for measure in ("copy", "attention", "forward")}
+    assert len(by["copy"]) == 1
+    # Contexts that the model has no positions for are left out of its forwards.
+    assert [(row["batch_size"], row["context"]) for row in by["forward"]] == [(1, 16), (1, 40), (2, 16), (2, 40)]
+    assert all(row["stand_in"] is True and row["shape"] == SHAPE for row in by["forward"])
+    assert len(by["attention"]) == 2 * 3 * 2
+    decoded = [row for row in rows if row["measure"] == "decode"]
+    assert len(decoded) == 2 * 2 * 3
+    for row in decoded:
+        assert set(row) >= RESULT_FIELDS
+        assert row["speedup"] == 1 or row["drafter"] != "plain"
+        assert row["efficiency"] == pytest.approx(row["speedup"] / row["tau"])
+    assert {row.get("stand_in", False) for row in decoded} == {False, True}
+    assert {row["drafter"].partition("(")[0] for row in decoded} == {"plain", "ngram", "eagle"}
+
+
+def test_on_a_cpu_no_rows_are_written_unless_asked_for(words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main([*words, "parts=[bandwidth]"]) == 0
+    assert not list(tmp_path.rglob("*.jsonl"))
+
+
+def test_nothing_is_measured_where_a_check_fails(words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    honest = gpu_kernels.tree_attention
+    monkeypatch.setattr(gpu_kernels, "tree_attention", lambda *args, **options: honest(*args, **options) * 1.01)
+    assert cli.main([*words, "parts=[kernels,bandwidth]", "output=gpu.jsonl"]) == 1
+    found = capsys.readouterr()
+    assert "FAILED" in found.out
+    assert "nothing is measured" in found.err
+    assert not Path("gpu.jsonl").exists()
+
+
+def test_ops_without_a_kernel_or_a_check_are_named(monkeypatch):
+    monkeypatch.setattr(gpu_kernels, "OPS", ("tree_attention", "levitation"))
+    monkeypatch.setattr(gpu_kernels, "_CHECKS", {})
+    checks = {one.name: one for one in check_kernels(torch.device("cpu"), SMALL)}
+    assert checks["levitation"].detail.startswith("missing")
+    assert checks["tree_attention"].detail == "there is a kernel, but no check of it here"
+    assert not any(one.passed for one in checks.values())
+
+
+def test_unknown_parts_are_refused(words, capsys):
+    assert cli.main([*words, "parts=[kernels,speed]"]) == 2
+    assert "parts=['speed'] are unknown" in capsys.readouterr().err
+
+
+def test_trees_that_are_timed():
+    pool, segments = trees(3, 7, 20, torch.device("cpu"))
+    pool.check(segment.table for segment in segments)
+    assert segments[0].tail_mask_QM is not None
+    assert segments[0].tail_mask_QM.sum(1).tolist() == [1, 2, 2, 3, 3, 3, 3]
+    assert segments[0].positions_Q.tolist() == [20, 21, 21, 22, 22, 22, 22]
+    assert trees(1, 1, 20, torch.device("cpu"))[1][0].tail_mask_QM is None
+
+
+def test_timers_run_what_they_time():
+    calls: list[int] = []
+    assert wall_seconds(lambda: calls.append(1), torch.device("cpu"), 2) >= 0
+    assert device_seconds([lambda: calls.append(2)] * 3, torch.device("cpu"), 2) >= 0
+    assert calls.count(1) == 5
+    assert calls.count(2) == 15
