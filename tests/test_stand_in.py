@@ -18,7 +18,6 @@ from specdec.drafters.heads.wide import widen_eagle
 from specdec.drafters.medusa import load as load_medusa
 from specdec.engine import Engine
 from specdec.experiments.system import load_target, target_labels
-from specdec.loading import embedded_model_path
 from specdec.model import PagedModel
 from specdec.sampling import SamplingParams
 from specdec.selfcheck import self_check
@@ -211,26 +210,3 @@ def test_an_eagle_head_is_widened_with_its_target(options, tmp_path):
         Engine(Verifier(wide), load_medusa(str(tmp_path / "medusa")), policy)
     with pytest.raises(ValueError, match="widened are EAGLE-3 heads"):
         widen_eagle(EagleHead(eagle_config(target, 1)), ModelShape.of(base), SHAPE, 1e-6)
-
-
-@pytest.mark.real_model
-def test_the_embedded_model_and_its_head_in_larger_shapes():
-    path = str(embedded_model_path())
-    options = {"dtype": "float32", "device": "cpu", "self_check": False, "packed": False, "numerics": "fast"}
-    shape = ModelShape(768, 1664, 31, 12, 3, 80, 50000)
-    targets = PagedModel.load(path, **options), load_stand_in(path, shape, **options)
-    params, prompt = SamplingParams(max_new_tokens=24, ignore_eos=True), "def fibonacci(n):\n"
-    results = [
-        Engine(Verifier(target), load_eagle("eagle3"), TopK(total=12, depth=4, k=4)).generate([prompt], params)[0]
-        for target in targets
-    ]
-    assert results[0].text == results[1].text
-    assert results[0].metrics.accepted_by_depth == results[1].metrics.accepted_by_depth
-    assert results[0].metrics.tau > 1.3
-    ids = torch.arange(100, 1100)[None]
-    logits = []
-    for target in targets:
-        target.model.set_attn_implementation("sdpa")
-        logits.append(states(target.model, ids)[0])
-    spread = float(logits[0].std())
-    assert float((logits[1][..., : targets[0].vocab_size] - logits[0]).abs().max()) < 1e-3 * spread
