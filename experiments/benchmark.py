@@ -157,7 +157,7 @@ def _start_peers(
 def _common_labels(
     config: BenchmarkConfig, sets: list[Texts], target: PagedModel, params: SamplingParams
 ) -> dict[str, Any]:
-    templates = {one.name: one.template for one in config.mixture}
+    templates = {one.name: asked.template for one, asked in zip(sets, config.mixture, strict=False)}
     chats = {uses_chat(one.chat, target.tokenizer) for one in sets}
     return {
         "experiment": "benchmark",

@@ -80,7 +80,9 @@ class Session:
                     key = digest("memory", one.name, one.labels, batch, self.common)
                     known = self.raw.get(key)
                     if known is None:
-                        known = {"peaks": peak_alone(builders[one.name], batch, self.params, torch.get_num_threads())}
+                        with Console(stderr=True).status(f"peak memory of {one.name}, batch {size}"):
+                            peaks = peak_alone(builders[one.name], batch, self.params, torch.get_num_threads())
+                        known = {"peaks": peaks}
                         self.raw.put(key, name=one.name, batch_size=size, **known)
                     found[one.name, size] = known["peaks"]
         return found

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+
 from specdec.config import PeerConfig, PeerModeConfig
 from specdec.experiments.contenders import PLAIN, Decoded
 from specdec.experiments.worker import Worker
@@ -106,7 +108,9 @@ def peer_contenders(
                 "max_batch_size": min(job.max_batch_size, peer.max_batch_size or job.max_batch_size),
                 "options": mode.options,
             }
-            version = str(worker.ask(question).get("version"))
+            # Loading may convert or compile the model, which takes minutes the first time.
+            with Console(stderr=True).status(f"loading {name}"):
+                version = str(worker.ask(question).get("version"))
             labels = _labels(system, mode, job.draft_name)
             found.append(PeerContender(name, worker, job.eos_token_ids, labels, {system: version}, peer.max_batch_size))
     return found
