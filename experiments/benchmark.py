@@ -1,31 +1,37 @@
-"""Measure tokens per second against plain decoding and transformers' own generation: same process, weights, prompts."""
+"""Measure tokens per second against plain decoding, transformers and other systems: same weights, prompts and threads."""
 
 from __future__ import annotations
 
-import statistics
 import sys
+from contextlib import ExitStack
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
-from specdec.config import BenchmarkConfig
+from specdec.config import BenchmarkConfig, PeerConfig, peer_configs
+from specdec.experiments.benchmark_report import benchmark_picture, benchmark_table
+from specdec.experiments.benchmark_rows import benchmark_rows
+from specdec.experiments.benchmark_session import Session
 from specdec.experiments.building import build, sampling_params
 from specdec.experiments.contenders import (
-    PLAIN,
     Contender,
-    Decoded,
-    SpecdecContender,
+    own_contender,
+    own_name,
     system_config,
-    transformers_contenders,
+    their_contender,
+    their_names,
 )
-from specdec.experiments.prompts import check_chat, read_prompts, uses_chat, wrap
-from specdec.experiments.resume import Measurements, digest
-from specdec.experiments.system import load_system, load_target, plain_system, target_labels
+from specdec.experiments.handover import export_folder, export_gguf
+from specdec.experiments.peer_contenders import PeerContender, PeerJob, peer_contenders, present
+from specdec.experiments.prompts import uses_chat
+from specdec.experiments.resume import Measurements
+from specdec.experiments.system import load_target, model_name, rule_and_policy, target_labels
+from specdec.experiments.workload import Texts, read_mixture
+from specdec.loading import load_model
 from specdec.model import PagedModel
 from specdec.provenance import device_name, provenance
 from specdec.request import encode
@@ -34,40 +40,43 @@ from specdec.tracking import Tracker
 
 
 def run(config: BenchmarkConfig, command: str) -> int:
-    """Decodes every prompt with every system, one after another, and appends one row per system to `output`.
+    """Decodes every prompt with every system, in turns, and appends a row per system and batch size to `output`.
 
-    Each measurement goes to raw.jsonl in `work_dir` at once; a restart with the same `work_dir` goes on from there.
-    Raises ValueError for what can be seen to be wrong before a model is loaded.
+    Each measurement goes to raw.jsonl in `work_dir` at once; a restart with the same `work_dir` goes on from there. The picture
+    lies beside `output`. Raises ValueError for what can be seen to be wrong before a model is loaded.
     """
-    if config.prompt_file is None:
-        raise ValueError("prompt_file is missing: give prompt_file=FILE (.jsonl or .txt)")
-    texts = wrap(read_prompts(config.prompt_file, config.prompt_field, config.limit), config.template)
-    params = _check_params(config)
-    check_chat(config.chat)
-    systems = {overrides: system_config(overrides, config.target, config.draft) for overrides in config.systems}
+    sets = read_mixture(config.mixture, config, config.prompts)
+    peers = present(peer_configs(config.peers))
+    params = _check(config, peers)
     tracker: Tracker = build(config.tracking)
     Path(config.work_dir).mkdir(parents=True, exist_ok=True)
     raw = Measurements(Path(config.work_dir) / "raw.jsonl")
     try:
-        tracker.start({**asdict(config), "provenance": provenance(command)})
-        loaded = {overrides: load_system(system) for overrides, system in systems.items()}
-        target = load_target(config.target)
-        chat = uses_chat(config.chat, target.tokenizer)
-        prompts = [encode(target, text, chat) for text in texts]
-        contenders: list[Contender] = [
-            SpecdecContender(name, one.engine(target, config.engine), {"system": "specdec", **one.labels})
-            for name, one in {"specdec plain": plain_system(), **loaded}.items()
-        ]
-        if config.transformers:
-            # transformers runs the weights in their plain layout, as it does for everybody.
-            theirs = load_target(replace(config.target, packed=False, self_check=False, numerics="fast"))
-            contenders += transformers_contenders(theirs, config.draft, config.target)
-        common = _common_labels(config, target, chat, params)
-        decoded = _measure(contenders, prompts, params, raw, common)
-        rows = _rows(contenders, decoded, {**common, **provenance(command), "resumed_measurements": raw.num_resumed})
+        with ExitStack() as stack:
+            tracker.start({**asdict(config), "provenance": provenance(command)})
+            target = load_target(config.target)
+            prompts = [
+                encode(target, text, uses_chat(one.chat, target.tokenizer)) for one in sets for text in one.texts
+            ]
+            # Others run the weights in their plain layout, as they do for everybody.
+            plain = replace(config.target, packed=False, self_check=False, numerics="fast")
+            theirs = load_target(plain) if config.transformers or peers else None
+            own = {own_name(one): partial(own_contender, one, config) for one in (None, *config.systems)}
+            names = their_names(config) if config.transformers else []
+            others = {name: partial(their_contender, name, config) for name in names}
+            contenders: list[Contender] = [build_one(target) for build_one in own.values()]
+            contenders += [build_one(theirs) for build_one in others.values()]
+            if theirs is not None:
+                contenders += _start_peers(peers, config, theirs, prompts, params, stack)
+            common = _common_labels(config, sets, target, params)
+            session = Session(contenders, prompts, params, config.batch_sizes, config.num_repeats, raw, common)
+            found = session.measure()
+        memory = session.peaks({**own, **others}) if config.memory else {}
+        end = {"num_prompts": len(prompts), **provenance(command), "resumed_measurements": raw.num_resumed}
+        rows = benchmark_rows(found, memory, {**common, **end})
         for row in rows:
             tracker.row(row)
-        tracker.summary({row["name"]: row["tokens_per_s"] for row in rows})
+        tracker.summary({f"{row['name']}, batch {row['batch_size']}": row["tokens_per_s"] for row in rows})
     except KeyboardInterrupt:
         raise KeyboardInterrupt(
             f"measurements are in {raw.shown_path}; go on with work_dir={config.work_dir}"
@@ -75,139 +84,96 @@ def run(config: BenchmarkConfig, command: str) -> int:
     finally:
         raw.finish()
         tracker.finish()
-    Console(markup=False, highlight=False).print(_table(rows))
-    print(f"{len(rows)} rows in {tracker.shown_path}", flush=True)
+    picture = tracker.path.with_suffix(".png")
+    benchmark_picture(rows, picture)
+    Console(markup=False, highlight=False).print(benchmark_table(rows))
+    print(f"{len(rows)} rows in {tracker.shown_path}, picture in {picture.name} beside it", flush=True)
     return 0
 
 
-def _check_params(config: BenchmarkConfig) -> SamplingParams:
+def _check(config: BenchmarkConfig, peers: dict[str, PeerConfig]) -> SamplingParams:
+    for overrides in config.systems:
+        rule_and_policy(system_config(overrides, config.target, config.draft))
     if config.engine.max_batch_size != 1:
         raise ValueError(
-            f"engine.max_batch_size={config.engine.max_batch_size}: prompts are measured one at a time, it must be 1"
+            f"engine.max_batch_size={config.engine.max_batch_size}: how many prompts are decoded at once is batch_sizes; "
+            f"leave it 1"
+        )
+    sizes = list(config.batch_sizes)
+    if not sizes or min(sizes) < 1 or len(set(sizes)) < len(sizes):
+        raise ValueError(f"batch_sizes={sizes} must be one or more numbers >= 1, each once")
+    if config.num_repeats < 1:
+        raise ValueError(f"num_repeats={config.num_repeats} must be >= 1")
+    if uneven := [one for one in config.mixture if one.weight != 1]:
+        raise ValueError(
+            f"mixture: weight={uneven[0].weight} has no meaning here, every prompt is decoded: leave it out"
         )
     params = sampling_params(config.sampling)
     greedy = SamplingParams(seed=params.seed, max_new_tokens=params.max_new_tokens, ignore_eos=params.ignore_eos)
-    if params != greedy and config.transformers:
+    if params != greedy and (config.transformers or peers):
         raise ValueError(
-            "against transformers the benchmark is greedy, for it draws other tokens: set transformers=false, or of sampling "
-            "only max_new_tokens and ignore_eos"
+            "against transformers and peers the benchmark is greedy, for they draw other tokens: set transformers=false and no "
+            "peers, or of sampling only max_new_tokens and ignore_eos"
         )
     return replace(params, seed=params.with_seed())
 
 
-def _common_labels(config: BenchmarkConfig, target: PagedModel, chat: bool, params: SamplingParams) -> dict[str, Any]:
+def _start_peers(
+    peers: dict[str, PeerConfig],
+    config: BenchmarkConfig,
+    theirs: PagedModel,
+    prompts: list[list[int]],
+    params: SamplingParams,
+    stack: ExitStack,
+) -> list[PeerContender]:
+    """Hands the model over in the formats that are read, then starts a worker per mode."""
+    folder = Path(config.work_dir) / "handover"
+    formats = {peer.model_format for peer in peers.values()}
+    targets = {}
+    if "folder" in formats:
+        targets["folder"] = export_folder(theirs, folder / "target")
+    if "gguf" in formats:
+        targets["gguf"] = export_gguf(config.target, folder / "target.gguf")
+    draft = None
+    if peers and config.draft is not None:
+        draft_model = load_model(
+            config.draft, dtype=config.target.dtype, self_check=False, packed=False, numerics="fast"
+        )
+        draft = export_folder(draft_model, folder / "draft")
+    job = PeerJob(
+        targets=targets,
+        draft=draft,
+        draft_name=None if config.draft is None else model_name(config.draft),
+        dtype=str(theirs.dtype).removeprefix("torch."),
+        num_threads=torch.get_num_threads(),
+        # A few more for what is drafted behind the last token.
+        max_length=max(len(prompt) for prompt in prompts) + params.max_new_tokens + 64,
+        max_batch_size=max(config.batch_sizes),
+        eos_token_ids=sorted(theirs.eos_token_ids),
+    )
+    return peer_contenders(peers, job, Path(config.work_dir), stack)
+
+
+def _common_labels(
+    config: BenchmarkConfig, sets: list[Texts], target: PagedModel, params: SamplingParams
+) -> dict[str, Any]:
+    templates = {one.name: asked.template for one, asked in zip(sets, config.mixture, strict=False)}
+    chats = {uses_chat(one.chat, target.tokenizer) for one in sets}
     return {
         "experiment": "benchmark",
         **target_labels(config.target),
-        "prompts": config.prompts or Path(config.prompt_file or "").stem,
-        "template": config.template,
-        "chat": chat,
+        "prompts": "+".join(one.name for one in sets),
+        "template": templates or config.template,
+        "chat": chats.pop() if len(chats) == 1 else "mixed",
         "temperature": params.temperature,
         "sampling_seed": params.seed,
         "max_new_tokens": params.max_new_tokens,
         "ignore_eos": params.ignore_eos,
-        "batch_size": 1,
         "dtype": str(target.dtype).removeprefix("torch."),
         "numerics": target.numerics,
         "num_threads": torch.get_num_threads(),
         "device": device_name(target.device),
     }
-
-
-def _measure(
-    contenders: list[Contender],
-    prompts: list[list[int]],
-    params: SamplingParams,
-    raw: Measurements,
-    common: dict[str, Any],
-) -> dict[str, list[Decoded]]:
-    """Every contender's measurements, in the order of the prompts."""
-    decoded: dict[str, list[Decoded]] = {one.name: [] for one in contenders}
-    warm: set[str] = set()
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        task = progress.add_task("measurements", total=len(contenders) * len(prompts))
-        for number, prompt in enumerate(prompts):
-            # Nobody is always first, when the machine is cool, or always last.
-            start = number % len(contenders)
-            for one in contenders[start:] + contenders[:start]:
-                key = digest(one.name, one.labels, prompt, common)
-                found = raw.get(key)
-                if found is not None:
-                    run = Decoded(**found["decoded"])
-                else:
-                    if one.name not in warm:
-                        one.decode(prompt[:64], replace(params, max_new_tokens=min(16, params.max_new_tokens)))
-                        warm.add(one.name)
-                    run = one.decode(prompt, params)
-                    raw.put(key, name=one.name, prompt=number, decoded=asdict(run))
-                decoded[one.name].append(run)
-                progress.update(task, advance=1, description=one.name)
-    return decoded
-
-
-def _rows(
-    contenders: list[Contender], decoded: dict[str, list[Decoded]], common: dict[str, Any]
-) -> list[dict[str, Any]]:
-    plain = {one.labels["system"]: one.name for one in contenders if one.labels["drafter"] == PLAIN}
-    rows = []
-    for one in contenders:
-        runs, plain_runs = decoded[one.name], decoded[plain[one.labels["system"]]]
-        num_tokens = sum(len(run.token_ids) for run in runs)
-        tau = num_tokens / sum(run.num_target_forwards for run in runs)
-        theirs = decoded.get(plain.get("transformers", ""))
-        speedup = _tokens_per_s(runs) / _tokens_per_s(plain_runs)
-        phases = {name: sum(run.phases[name] for run in runs) for name in runs[0].phases}
-        total = sum(phases.values())
-        rows.append(
-            {
-                "name": one.name,
-                **one.labels,
-                "num_prompts": len(runs),
-                "new_tokens": num_tokens,
-                "tau": tau,
-                "tokens_per_s": _tokens_per_s(runs),
-                "median_tokens_per_s": statistics.median(_tokens_per_s([run]) for run in runs),
-                "plain_tokens_per_s": _tokens_per_s(plain_runs),
-                "transformers_plain_tokens_per_s": None if theirs is None else _tokens_per_s(theirs),
-                "speedup": speedup,
-                "efficiency": speedup / tau,
-                "ttft_s": statistics.fmean(run.ttft_s for run in runs),
-                "same_text_as_plain": _share_equal(runs, plain_runs),
-                "same_text_as_transformers": None if theirs is None else _share_equal(runs, theirs),
-                **{f"{name}_share": seconds / total for name, seconds in phases.items()},
-                **common,
-            }
-        )
-    return rows
-
-
-def _share_equal(runs: list[Decoded], others: list[Decoded]) -> float:
-    """Share of the prompts with the same token ids."""
-    return sum(run.token_ids == other.token_ids for run, other in zip(runs, others, strict=True)) / len(runs)
-
-
-def _tokens_per_s(runs: list[Decoded]) -> float:
-    return sum(len(run.token_ids) for run in runs) / sum(run.seconds for run in runs)
-
-
-def _table(rows: list[dict[str, Any]]) -> Table:
-    first = rows[0]
-    title = f"{first['target']} ({first['dtype']}), {first['num_prompts']} prompts of {first['prompts']}"
-    table = Table(title=title, title_justify="left")
-    for name in ("system", "policy", "tokens/s", "speedup", "tau", "same text"):
-        table.add_column(name)
-    for row in rows:
-        table.add_row(
-            f"{row['system']} {row['drafter']}{'' if row['lossless'] else ' LOSSY'}",
-            row["policy"],
-            f"{row['tokens_per_s']:.1f}",
-            f"{row['speedup']:.2f}x",
-            f"{row['tau']:.2f}",
-            f"{row['same_text_as_plain']:.0%}",
-        )
-    return table
 
 
 if __name__ == "__main__":

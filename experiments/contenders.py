@@ -6,7 +6,7 @@ import shlex
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -15,10 +15,10 @@ from transformers.generation.streamers import BaseStreamer
 
 from specdec.attention import ATTENTION_NAME
 from specdec.cli import explain, quote_words
-from specdec.config import SystemConfig, TargetConfig, compose, to_typed
+from specdec.config import BenchmarkConfig, SystemConfig, TargetConfig, compose, to_typed
 from specdec.engine import Engine
 from specdec.experiments.measurement import Measurement, decode
-from specdec.experiments.system import model_name
+from specdec.experiments.system import load_system, load_target, model_name, plain_system
 from specdec.model import PagedModel
 from specdec.sampling import SamplingParams
 
@@ -28,36 +28,52 @@ NUM_LOOKUP_TOKENS = 10
 
 @dataclass(frozen=True)
 class Decoded:
-    """One prompt decoded by one contender; times in seconds, `seconds` with the prompt's forward."""
+    """A batch of prompts decoded by one contender: new tokens per prompt; `seconds` with the prompts' forwards, `ttft_s` the
+    mean time to the first token.
 
-    token_ids: list[int]
-    num_target_forwards: int
+    `num_target_forwards` sums over prompts the target's forwards that emitted tokens of it; None: not known.
+    `peak_memory_bytes` is that of a process that runs this contender alone; None: not known from this run.
+    """
+
+    outputs: list[list[int]]
+    num_target_forwards: int | None
     seconds: float
     ttft_s: float
     phases: dict[str, float] = field(default_factory=dict)
+    peak_memory_bytes: int | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(len(output) for output in self.outputs)
 
 
 class Contender(Protocol):
-    """`name` is unique in a benchmark; `labels` are the fields of its result row that say what it is."""
+    """`name` is unique in a benchmark; `labels` are the fields of its result row that say what it is, `versions` those of what
+    only it runs; `max_batch_size` None: as many prompts at once as one likes."""
 
     name: str
     labels: dict[str, Any]
+    versions: dict[str, str]
+    max_batch_size: int | None
 
-    def decode(self, prompt_token_ids: list[int], params: SamplingParams) -> Decoded: ...
+    def decode(self, prompts: list[list[int]], params: SamplingParams) -> Decoded: ...
 
 
 @dataclass
 class SpecdecContender:
-    """An engine of this library, one prompt at a time."""
+    """An engine of this library."""
 
     name: str
     engine: Engine
     labels: dict[str, Any]
+    versions: dict[str, str] = field(default_factory=dict)
+    max_batch_size: int | None = None
 
-    def decode(self, prompt_token_ids: list[int], params: SamplingParams) -> Decoded:
+    def decode(self, prompts: list[list[int]], params: SamplingParams) -> Decoded:
         cost = Measurement()
-        result = decode(self.engine, [prompt_token_ids], [params], False, cost)[0]
-        return Decoded(result.token_ids, cost.num_target_forwards, cost.seconds, cost.ttft_s, cost.phases)
+        results = decode(self.engine, prompts, [params] * len(prompts), False, cost)
+        outputs = [result.token_ids for result in results]
+        return Decoded(outputs, cost.num_target_forwards, cost.seconds, cost.mean_ttft_s, cost.phases)
 
 
 @dataclass
@@ -68,51 +84,71 @@ class TransformersContender:
     target: PagedModel
     labels: dict[str, Any]
     options: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+    max_batch_size: int | None = None
 
-    def decode(self, prompt_token_ids: list[int], params: SamplingParams) -> Decoded:
-        """Greedy, with nothing of the model's own generation defaults but its end-of-sequence ids."""
+    def decode(self, prompts: list[list[int]], params: SamplingParams) -> Decoded:
+        """Greedy, with nothing of the model's own generation defaults but its end-of-sequence ids; prompts are padded to one
+        length, as `generate` wants them."""
         model = self.target.model
         config = greedy_config(self.target, params)
-        ids = torch.tensor([prompt_token_ids], device=model.device)
+        longest = max(len(prompt) for prompt in prompts)
+        pad = config.pad_token_id
+        padded = [[pad] * (longest - len(prompt)) + prompt for prompt in prompts]
+        kept = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+        ids, mask = (torch.tensor(one, device=model.device) for one in (padded, kept))
         clock = _FirstToken()
         with own_attention(model, config), counted_forwards(model) as count, torch.inference_mode():
             start = time.perf_counter()
-            out = model.generate(ids, attention_mask=torch.ones_like(ids), streamer=clock, **self.options)
-            new = out[0, len(prompt_token_ids) :].tolist()
+            out = model.generate(ids, attention_mask=mask, streamer=clock, **self.options)
+            new = out[:, longest:].tolist()
             seconds = time.perf_counter() - start
-        return Decoded(new, len(count), seconds, clock.first_token_s - start)
+        outputs = [_until_end(one, config.eos_token_id) for one in new]
+        # In a batch nothing is drafted: each forward gives each sequence that has not ended one token.
+        num_forwards = len(count) if len(prompts) == 1 else sum(len(output) for output in outputs)
+        return Decoded(outputs, num_forwards, seconds, clock.first_token_s - start)
 
 
-def transformers_contenders(target: PagedModel, draft: str | None, config: TargetConfig) -> list[Contender]:
-    """Plain decoding, prompt lookup, and assisted generation where a draft model is given."""
-    common = {"system": "transformers", "rule": "transformers", "lossless": True, "policy": "none", "num_nodes": 1}
-    lookup = {"prompt_lookup_num_tokens": NUM_LOOKUP_TOKENS}
-    found: list[Contender] = [
-        TransformersContender("transformers plain", target, {**common, "drafter": PLAIN}),
-        TransformersContender(
-            "transformers prompt_lookup",
-            target,
-            {
-                **common,
-                "drafter": "prompt_lookup",
-                "policy": f"chain(depth={NUM_LOOKUP_TOKENS})",
-                "num_nodes": NUM_LOOKUP_TOKENS + 1,
-            },
-            lookup,
-        ),
-    ]
-    if draft is not None:
-        assistant = PagedModel.load(draft, dtype=config.dtype, device=config.device, packed=False).model
-        assistant.set_attn_implementation("sdpa")
-        depth = assistant.generation_config.num_assistant_tokens or GenerationConfig().num_assistant_tokens or 20
-        labels = {
-            **common,
-            "drafter": f"assisted({model_name(draft)})",
-            "policy": f"chain(depth<={depth})",
-            "num_nodes": depth + 1,
-        }
-        found.append(TransformersContender("transformers assisted", target, labels, {"assistant_model": assistant}))
-    return found
+def own_name(overrides: str | None) -> str:
+    return "specdec plain" if overrides is None else overrides
+
+
+def own_contender(overrides: str | None, config: BenchmarkConfig, target: PagedModel | None = None) -> SpecdecContender:
+    """The system that an item of `systems` describes, or plain decoding (None), on `target` or on one that is loaded for it."""
+    target = load_target(config.target) if target is None else target
+    system = plain_system() if overrides is None else load_system(system_config(overrides, config.target, config.draft))
+    engine = system.engine(target, replace(config.engine, max_batch_size=max(config.batch_sizes)))
+    return SpecdecContender(own_name(overrides), engine, {"system": "specdec", **system.labels})
+
+
+def their_names(config: BenchmarkConfig) -> list[str]:
+    """transformers' plain decoding, prompt lookup, and assisted generation where a draft model is given."""
+    names = ("plain", "prompt_lookup", *(("assisted",) if config.draft is not None else ()))
+    return [f"transformers {name}" for name in names]
+
+
+def their_contender(name: str, config: BenchmarkConfig, target: PagedModel | None = None) -> TransformersContender:
+    """One of `their_names`, on `target` or on one that is loaded for it; it has plain weights."""
+    if target is None:
+        target = load_target(replace(config.target, packed=False, self_check=False, numerics="fast"))
+    labels = {"system": "transformers", "rule": "transformers", "lossless": True}
+    kind = name.removeprefix("transformers ")
+    if kind == PLAIN:
+        return TransformersContender(name, target, {**labels, "drafter": PLAIN, "policy": "none", "num_nodes": 1})
+    # Both draft for batches of one alone.
+    if kind == "prompt_lookup":
+        chain = {"policy": f"chain(depth={NUM_LOOKUP_TOKENS})", "num_nodes": NUM_LOOKUP_TOKENS + 1}
+        options: dict[str, Any] = {"prompt_lookup_num_tokens": NUM_LOOKUP_TOKENS}
+        return TransformersContender(name, target, {**labels, "drafter": kind, **chain}, options, max_batch_size=1)
+    assert kind == "assisted" and config.draft is not None
+    like = config.target
+    assistant = PagedModel.load(config.draft, dtype=like.dtype, device=like.device, packed=False).model
+    assistant.set_attn_implementation("sdpa")
+    depth = assistant.generation_config.num_assistant_tokens or GenerationConfig().num_assistant_tokens or 20
+    chain = {"policy": f"chain(depth<={depth})", "num_nodes": depth + 1}
+    drafter = f"assisted({model_name(config.draft)})"
+    options = {"assistant_model": assistant}
+    return TransformersContender(name, target, {**labels, "drafter": drafter, **chain}, options, max_batch_size=1)
 
 
 def system_config(overrides: str, target: TargetConfig, draft: str | None) -> SystemConfig:
@@ -151,6 +187,12 @@ def greedy_config(target: PagedModel, params: SamplingParams) -> GenerationConfi
         eos_token_id=None if params.ignore_eos or not ends else ends,
         pad_token_id=ends[0] if ends else 0,
     )
+
+
+def _until_end(token_ids: list[int], ends: list[int] | None) -> list[int]:
+    """What comes before the padding: up to the first end token, which belongs to it."""
+    last = next((i for i, token in enumerate(token_ids) if token in (ends or ())), len(token_ids))
+    return token_ids[: last + 1]
 
 
 @contextmanager

@@ -300,6 +300,7 @@ def test_benchmark_measures_every_system_and_resumes(run, model: str, monkeypatc
     Path("p.txt").write_text("abcabc\nxyz\n")
     systems = 'systems=["drafter=ngram","drafter=small_model drafter/policy=chain rule=rejection"]'
     words = ("prompt_file=p.txt", systems, f"draft={model}/draft", "work_dir=.", "prompts=letters", "template=code")
+    words += ("memory=false",)
     write = JsonlTracker.row
 
     def stop_at_the_second_prompt(self: JsonlTracker, row: dict) -> None:
@@ -336,7 +337,9 @@ def test_benchmark_measures_every_system_and_resumes(run, model: str, monkeypatc
 
 def test_benchmark_samples_where_transformers_is_left_out(run) -> None:
     Path("p.txt").write_text("abcabc\nxyz\n")
-    status, _, err, rows = run("benchmark", "prompt_file=p.txt", "transformers=false", "sampling.temperature=1.0")
+    status, _, err, rows = run(
+        "benchmark", "prompt_file=p.txt", "transformers=false", "sampling.temperature=1.0", "memory=false"
+    )
     assert status == 0, err
     assert [(row["drafter"], row["temperature"], row["same_text_as_plain"]) for row in rows] == [
         ("plain", 1.0, 1),

@@ -25,7 +25,7 @@ from specdec.config.components import (
     UnionConfig,
     WandbConfig,
 )
-from specdec.config.composing import CONFIGS, compose, groups, keys, options, to_typed
+from specdec.config.composing import CONFIGS, compose, groups, keys, options, peer_configs, to_typed
 from specdec.config.measuring import (
     AcceptanceConfig,
     AccuraciesConfig,
@@ -34,6 +34,8 @@ from specdec.config.measuring import (
     ContenderConfig,
     GpuCheckConfig,
     LoadConfig,
+    PeerConfig,
+    PeerModeConfig,
     PromptSetConfig,
     StreamCheckConfig,
 )
@@ -95,6 +97,8 @@ __all__ = [
     "MedusaHeadConfig",
     "MixedConfig",
     "NGramConfig",
+    "PeerConfig",
+    "PeerModeConfig",
     "PolicyConfig",
     "PromptSetConfig",
     "PromptsConfig",
@@ -128,6 +132,7 @@ __all__ = [
     "groups",
     "keys",
     "options",
+    "peer_configs",
     "register",
     "to_typed",
 ]

@@ -11,6 +11,7 @@ import hydra
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 
+from specdec.config.measuring import PeerConfig
 from specdec.config.schemas import register
 
 CONFIGS = "specdec.configs"
@@ -23,6 +24,14 @@ def to_typed(config: DictConfig) -> Any:
     """
     _refuse_unknown(config, "")
     return OmegaConf.to_object(config)
+
+
+def peer_configs(peers: Any) -> dict[str, PeerConfig]:
+    """The benchmark's peers by name. Raises OmegaConf's errors for what a `PeerConfig` does not hold."""
+    found: dict[str, Any] = {}
+    for name, peer in dict(peers).items():
+        found[name] = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(PeerConfig), peer))
+    return found
 
 
 def _refuse_unknown(config: DictConfig, prefix: str) -> None:

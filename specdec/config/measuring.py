@@ -26,15 +26,58 @@ class ContenderConfig(SystemConfig):
 
 
 @dataclass
+class PeerModeConfig:
+    """A way in which a peer decodes: `drafter` as rows name it, with chains of `depth` drafted tokens (0: plain decoding).
+    `options` are the peer's own; `needs_draft` modes take part where `draft` names a draft model."""
+
+    drafter: str = MISSING
+    depth: int = 0
+    needs_draft: bool = False
+    options: Any = field(default_factory=dict)
+
+
+@dataclass
+class PeerConfig:
+    """Another system. `python` is the interpreter of an environment that has it (None: it takes no part), `worker` the script
+    that runs there, in experiments/peers/ or by absolute path. It reads the model as `model_format`: folder or gguf."""
+
+    python: str | None = None
+    worker: str = MISSING
+    model_format: str = "folder"
+    max_batch_size: int | None = None
+    env: Any = field(default_factory=dict)
+    modes: dict[str, PeerModeConfig] = field(default_factory=dict)
+
+
+@dataclass
+class PromptSetConfig(PromptsConfig):
+    """One prompt set of a mixture, drawn from with `weight`; `name` is what rows call it (None: the file's name)."""
+
+    name: str | None = None
+    weight: float = 1.0
+
+
+@dataclass
 class BenchmarkConfig(RunConfig):
-    """`prompts` names the prompt set in rows (None: the file's name). An item of `systems` holds the overrides that one
-    would give to `generate`; `draft` is also the draft model of transformers' own assisted generation. `transformers` false
-    leaves out its contenders; any sampling goes then."""
+    """`prompts` names the prompt set in rows (None: the file's name); a `mixture` holds several sets, whose prompts are all
+    taken. An item of `systems` holds the overrides that one would give to `generate`; `draft` is also the draft model of
+    transformers and the peers. `transformers` false leaves out its contenders; where there are no peers either, any sampling
+    goes.
+
+    The prompts are decoded `num_repeats` times at each of `batch_sizes`. `memory` has each contender's peak memory
+    measured in a process of its own.
+    """
 
     prompts: str | None = None
+    mixture: list[PromptSetConfig] = field(default_factory=list)
     systems: list[str] = MISSING
     draft: str | None = None
     transformers: bool = True
+    # {name: PeerConfig}; untyped because Hydra lets an override add nothing to a typed dict. See `peer_configs`.
+    peers: Any = field(default_factory=dict)
+    batch_sizes: list[int] = MISSING
+    num_repeats: int = MISSING
+    memory: bool = MISSING
     work_dir: str = MISSING
 
 
@@ -94,14 +137,6 @@ class AccuraciesConfig:
     batch_size: int = MISSING
     totals: list[int] = MISSING
     folder: str = MISSING
-
-
-@dataclass
-class PromptSetConfig(PromptsConfig):
-    """One prompt set of a mixture, drawn from with `weight`; `name` is what rows call it (None: the file's name)."""
-
-    name: str | None = None
-    weight: float = 1.0
 
 
 @dataclass
