@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-# A prompt whose answer repeats much of it: the default drafter, n-gram lookup, finds its drafts there.
+# A prompt whose answer repeats much of it, where n-gram lookup finds its drafts; the model's head drafts the rest.
 PROMPT ?= Repeat this text exactly, word for word: The river rises in the hills north of the town, runs past the old mill and the stone bridge, and turns west toward the sea. In spring the river floods the fields below the stone bridge, and the farmers move their sheep to the hills north of the town.
 
 .DEFAULT_GOAL := help

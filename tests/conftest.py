@@ -6,9 +6,6 @@ import functools
 import os
 from collections.abc import Callable
 
-# Read when triton is first imported: here the kernels run interpreted, on the CPU.
-os.environ["TRITON_INTERPRET"] = "1"
-
 import pytest
 import torch
 

@@ -118,7 +118,7 @@ def test_help_names_every_experiment(capsys: pytest.CaptureFixture[str]) -> None
         ("generate target=hf prompt=a", ["target.path"]),
         ("generate target.dtype=${nothing} prompt=a", ["target.dtype", "nothing"]),
         ("generate target=hf target.path=/not/here prompt=a", ["/not/here"]),
-        ("generate drafter=small_model prompt=a", ["draft="]),
+        ("generate target=hf target.path=a drafter=small_model prompt=a", ["draft="]),
         ("generate rule=rejection prompt=a", ["rule=rejection", "drafter/policy=top_k", "chain"]),
         ("generate drafter.policy.total=1 prompt=a", ["total=1"]),
         ("generate", ["prompt=", "prompt_file="]),

@@ -84,8 +84,9 @@ def _wheel_contents() -> list[str]:
     """What of the working tree belongs in a wheel, by its path there."""
     modules = [path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py")]
     yamls = (ROOT / "configs").rglob("*.yaml")
+    cpp = [path for end in ("h", "cpp") for path in (ROOT / "kernels").rglob(f"*.{end}")]
     heads = [path for end in ("safetensors", "json", "md") for path in (ROOT / "heads").rglob(f"*.{end}")]
-    inside = [Path("specdec") / path.relative_to(ROOT) for path in (*modules, *yamls, *heads)]
+    inside = [Path("specdec") / path.relative_to(ROOT) for path in (*modules, *yamls, *cpp, *heads)]
     core = [path.relative_to(ROOT) for place in ("*.py", "config/*.py") for path in (ROOT / "specdec").glob(place)]
     return sorted(path.as_posix() for path in (*inside, *core))
 
