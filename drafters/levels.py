@@ -52,7 +52,8 @@ class LevelDrafter(NetworkDrafter):
             if one is None:
                 continue
             num_unread = commit.start - self.covered(one.id)
-            is_due = num_unread > 0 if commit.nodes is None else num_unread >= self._MOST_UNREAD
+            # By its place, not by its nodes: those are also missing where the drafter was not asked for this tree.
+            is_due = num_unread > 0 if commit.start < one.prompt_len else num_unread >= self._MOST_UNREAD
             # The token to come takes one of the places that are left.
             if is_due and min(one.max_draft_depth - 1, self._limit(one)) > 0:
                 due.append(one)

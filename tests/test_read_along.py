@@ -7,7 +7,7 @@ import torch
 from head_cases import eagle_config
 
 from specdec import Engine, PagedModel, SamplingParams
-from specdec.drafters import EagleDrafter, Sampled, SmallModelDrafter
+from specdec.drafters import EagleDrafter, NGramDrafter, Sampled, SmallModelDrafter, UnionDrafter
 from specdec.drafters.eagle import _EagleRound
 from specdec.drafters.heads import EagleHead
 from specdec.drafters.levels import LevelDrafter
@@ -24,14 +24,16 @@ def target(tiny) -> PagedModel:  # type: ignore[no-untyped-def]
     return PagedModel(tiny(0), name="target")
 
 
-def drafter_of(name: str, tiny, target: PagedModel) -> LevelDrafter:  # type: ignore[no-untyped-def]
+def drafter_of(name: str, tiny, target: PagedModel) -> LevelDrafter | UnionDrafter:  # type: ignore[no-untyped-def]
+    if name == "union":
+        return UnionDrafter([NGramDrafter(), drafter_of("eagle_3", tiny, target)])
     if name == "small_model":
         return SmallModelDrafter(PagedModel(tiny(0, noise=0.02)))
     torch.manual_seed(3)
     return EagleDrafter(EagleHead(eagle_config(target, int(name[-1]))))
 
 
-def engine_of(target: PagedModel, drafter: LevelDrafter, **options: object) -> Engine:
+def engine_of(target: PagedModel, drafter: LevelDrafter | UnionDrafter, **options: object) -> Engine:
     settings = {"max_batch_size": BATCH, "prefill_chunk": CHUNK, "page_size": 4} | options
     return Engine(Verifier(target, RULES["traversal"]()), drafter, POLICY, **settings)  # type: ignore[arg-type]
 
@@ -93,7 +95,7 @@ def test_a_prompt_of_one_chunk_is_read_with_its_root(tiny, target, monkeypatch) 
     assert reading.take() == len(LONG[0]) + 1
 
 
-@pytest.mark.parametrize("name", ["small_model", "eagle_3"])
+@pytest.mark.parametrize("name", ["small_model", "eagle_3", "union"])
 def test_what_nobody_drafts_behind_is_read_now_and_then(tiny, target, monkeypatch, name: str) -> None:
     class Sleeps:
         def propose(self, step, drafter, policy, noise) -> TokenTree:  # type: ignore[no-untyped-def]
