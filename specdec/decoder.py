@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from specdec.attention import LayerOptions
 from specdec.interfaces import ForwardResult
-from specdec.kernels.amx import AmxWeight, DecoderLayer, DecoderStack, StackShape, norm
+from specdec.kernels.cpu import BlockedWeight, DecoderLayer, DecoderStack, StackShape, norm
 from specdec.kernels.tree_attention import AttentionPlan
 from specdec.kv_cache import KVCache
 from specdec.packing import PackedLinear
@@ -119,7 +119,7 @@ def _layer(layer: Any, window: int | None) -> DecoderLayer:
     )
 
 
-def joined_weight(*linears: Any) -> AmxWeight:
+def joined_weight(*linears: Any) -> BlockedWeight:
     """The weight that these packed layers share, in this order. Raises NotServed where they do not."""
     first = linears[0]
     if not all(isinstance(one, PackedLinear) and one.product is first.product for one in linears):
@@ -127,6 +127,6 @@ def joined_weight(*linears: Any) -> AmxWeight:
     if [one.index for one in linears] != list(range(len(first.product.sizes))):
         raise NotServed("its linear layers are packed in another order")
     weight = first.product.weight
-    if not isinstance(weight, AmxWeight):
-        raise NotServed("its weights are not in the tiles of AMX")
+    if not isinstance(weight, BlockedWeight):
+        raise NotServed("its weights are not in blocks")
     return weight

@@ -87,8 +87,8 @@ class PagedModel:
         """Puts the linear layers in a packed layout where that pays (bfloat16 on the CPU); else does nothing.
 
         The plain weights are gone afterwards: the model can run, not be saved or moved. Models built as Llama is then run all
-        their layers in one call, where the CPU has AMX. Raises UnsupportedModelError where the model reads a weight that is no
-        longer there.
+        their layers in one call, where the CPU has kernels for it. Raises UnsupportedModelError where the model reads a weight
+        that is no longer there.
         """
         if can_pack(self.device, self.dtype):
             pack_linears(self.model, self._measure)

@@ -14,7 +14,7 @@ import torch
 import transformers
 
 import specdec
-from specdec.kernels import amx, kv_write, linear, path_commit, tree_attention
+from specdec.kernels import cpu, kv_write, linear, path_commit, tree_attention
 from specdec.model import PagedModel
 
 
@@ -27,12 +27,12 @@ def record_of(model: PagedModel, check: str, sources: Seq[str], *more: object) -
     config = model.model.config.to_dict()
     for name in ("_name_or_path", "name_or_path", "transformers_version"):
         config.pop(name, None)
-    folders = [Path(str(folder.__file__)).parent for folder in (tree_attention, kv_write, path_commit, amx, linear)]
+    folders = [Path(str(folder.__file__)).parent for folder in (tree_attention, kv_write, path_commit, cpu, linear)]
     kernel = sorted(file for folder in folders for file in folder.iterdir() if file.is_file())
     core = [Path(__file__).with_name(f"{name}.py") for name in sources]
     digests = [hashlib.sha256(path.read_bytes()).hexdigest() for path in (*core, *kernel)]
     versions = [torch.__version__, transformers.__version__, specdec.__version__, os.environ.get("SPECDEC_KERNELS", "")]
-    place = torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else model.device.type
+    place = torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else _cpu()
     key = [config, f"{type(model.model).__module__}.{type(model.model).__qualname__}", versions, digests, place, more]
     digest = hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()
     try:
@@ -41,6 +41,11 @@ def record_of(model: PagedModel, check: str, sources: Seq[str], *more: object) -
         return None
     base = Path(folder) if os.environ.get("SPECDEC_CACHE") else Path(folder) / "specdec"
     return base / check / f"{digest[:32]}.json"
+
+
+def _cpu() -> str:
+    """What the CPU's kernels are built for."""
+    return cpu.instruction_set() if cpu.can_run() else "none"
 
 
 def remember(record: Path | None, model: PagedModel, **found: object) -> None:

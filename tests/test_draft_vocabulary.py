@@ -177,7 +177,7 @@ def test_rows_of_packed_and_plain_layers_are_their_rows() -> None:
         linear_rows(nn.Embedding(3, 4), ids)
 
 
-@pytest.mark.skipif(not can_pack(CPU, torch.bfloat16), reason="oneDNN has no bfloat16 on this CPU")
+@pytest.mark.skipif(not can_pack(CPU, torch.bfloat16), reason="weights are not packed on this CPU")
 def test_a_packed_target_gives_its_rows(counts, drafters, tmp_path: Path) -> None:
     model = PagedModel(make_tiny(0).bfloat16())
     weight = model.model.get_output_embeddings().weight.clone()

@@ -17,7 +17,7 @@ from specdec.sampling import SamplingParams
 from specdec.verifiers import Verifier
 
 CPU = torch.device("cpu")
-needs_bf16 = pytest.mark.skipif(not can_pack(CPU, torch.bfloat16), reason="oneDNN has no bfloat16 on this CPU")
+needs_bf16 = pytest.mark.skipif(not can_pack(CPU, torch.bfloat16), reason="weights are not packed on this CPU")
 
 
 def linears(model: PagedModel, kind: type[nn.Module]) -> dict[str, nn.Module]:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from specdec.decoder import NotServed, joined_weight
 from specdec.drafters.heads.eagle import EagleHead
-from specdec.kernels.amx import DecoderLayer, DecoderStack, StackShape, can_run, norm, padded_rows
+from specdec.kernels.cpu import DecoderLayer, DecoderStack, StackShape, can_run, norm, padded_rows
 from specdec.kernels.tree_attention import AttentionPlan
 from specdec.kv_cache import KVCache
 

@@ -7,7 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from specdec.kernels.amx import AmxWeight
+from specdec.kernels.cpu import BlockedWeight, can_run
 from specdec.kernels.linear.arena import Arena
 from specdec.kernels.linear.onednn import OneDnnWeight
 
@@ -29,17 +29,19 @@ class PackedWeight(Protocol):
 
 
 def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether packing pays here: bfloat16 on a CPU whose oneDNN multiplies it natively."""
-    return device.type == "cpu" and dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    """Whether packing pays here: bfloat16 on a CPU that our kernels know, or whose oneDNN multiplies it natively."""
+    if device.type != "cpu" or dtype != torch.bfloat16:
+        return False
+    return can_run() or torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def room_for(outputs: int, inputs: int) -> int:
     """Numbers that `pack` takes of the arena for a weight of this shape."""
-    return AmxWeight.room_for(outputs, inputs) if AmxWeight.can_hold(inputs) else 0
+    return BlockedWeight.room_for(outputs, inputs) if can_run() else 0
 
 
 def pack(weight_OI: Tensor, bias_O: Tensor | None, arena: Arena) -> PackedWeight:
-    """Our own tiles where the CPU has AMX and the shape fits, else oneDNN's layout."""
-    if AmxWeight.can_hold(weight_OI.shape[1]):
-        return AmxWeight(weight_OI, bias_O, arena.take(room_for(*weight_OI.shape)))
+    """Our own blocks where the CPU has kernels for them, else oneDNN's layout."""
+    if can_run():
+        return BlockedWeight(weight_OI, bias_O, arena.take(room_for(*weight_OI.shape)))
     return OneDnnWeight(weight_OI, bias_O)

@@ -1,8 +1,8 @@
-// Linear layers and whole stacks of decoder layers in bfloat16, for CPUs with AMX.
+// Linear layers and whole stacks of decoder layers in bfloat16.
+#ifdef __AMX_BF16__
 #include <sys/syscall.h>
 #include <unistd.h>
-
-#include <cmath>
+#endif
 
 #include "attention.h"
 #include "common.h"
@@ -40,25 +40,19 @@ struct Step {
 
 // Llama's: float32 inside, rounded before the weight is multiplied.
 static inline void norm(const bf16* x, const bf16* weight, long size, float eps, bf16* to) {
-  __m512 squares = _mm512_setzero_ps();
-  for (long i = 0; i < size; i += 16) {
-    const __m512 part = load(x + i);
-    squares = _mm512_fmadd_ps(part, part, squares);
-  }
-  const __m512 scale = _mm512_set1_ps(1.0f / std::sqrt(_mm512_reduce_add_ps(squares) / size + eps));
-  for (long i = 0; i < size; i += 16)
-    store(to + i, _mm512_mul_ps(load(weight + i), rounded(_mm512_mul_ps(load(x + i), scale))));
+  Floats squares = all(0.0f);
+  for (long i = 0; i < size; i += 16) squares = plus_product(squares, load(x + i), load(x + i));
+  const Floats scale = all(1.0f / std::sqrt(sum(squares) / size + eps));
+  for (long i = 0; i < size; i += 16) store(to + i, load(weight + i) * rounded(load(x + i) * scale));
 }
 
 // The halves of a head against each other.
 static inline void rotate(bf16* x, const bf16* cos, const bf16* sin, long size) {
   const long half = size / 2;
   for (long i = 0; i < half; i += 16) {
-    const __m512 a = load(x + i), b = load(x + half + i);
-    const __m512 minus = _mm512_sub_ps(_mm512_setzero_ps(), b);
-    store(x + i, _mm512_add_ps(rounded(_mm512_mul_ps(a, load(cos + i))), rounded(_mm512_mul_ps(minus, load(sin + i)))));
-    store(x + half + i, _mm512_add_ps(rounded(_mm512_mul_ps(b, load(cos + half + i))),
-                                      rounded(_mm512_mul_ps(a, load(sin + half + i)))));
+    const Floats a = load(x + i), b = load(x + half + i);
+    store(x + i, rounded(a * load(cos + i)) + rounded((all(0.0f) - b) * load(sin + i)));
+    store(x + half + i, rounded(b * load(cos + half + i)) + rounded(a * load(sin + half + i)));
   }
 }
 
@@ -71,9 +65,9 @@ static inline void norm_rows(const bf16* x, long count, const bf16* weight, cons
 
 // Adds to the residual stream what `weight` makes of the rows.
 static inline void project_back(const bf16* rows, long count, const Weight& weight, bf16* x, long size) {
-  product(rows, count, weight, [&](long row, long block, __m512 sums) {
+  product(rows, count, weight, [&](long row, long block, Floats sums) {
     bf16* to = x + row * size + block * 16;
-    store(to, _mm512_add_ps(load(to), rounded(sums)));
+    store(to, load(to) + rounded(sums));
   });
 }
 
@@ -104,7 +98,7 @@ static inline void run_layer(const Stack& stack, const Step& step, long number, 
   if (read == normed) norm_rows(x, count, layer.norm1, stack, normed);
 #pragma omp barrier
   product(read, count, layer.qkv,
-          [&](long row, long block, __m512 sums) { store(wide + row * width + block * 16, sums); });
+          [&](long row, long block, Floats sums) { store(wide + row * width + block * 16, sums); });
 #pragma omp barrier
   place(stack, layer, step, number, wide);
 #pragma omp barrier
@@ -116,11 +110,10 @@ static inline void run_layer(const Stack& stack, const Step& step, long number, 
   norm_rows(x, count, layer.norm2, stack, normed);
 #pragma omp barrier
   const long inner = layer.down.inputs;
-  product_of_halves(normed, count, layer.gate_up, [&](long row, long block, __m512 gate, __m512 up) {
+  product_of_halves(normed, count, layer.gate_up, [&](long row, long block, Floats gate, Floats up) {
     gate = rounded(gate);
-    const __m512 one = _mm512_set1_ps(1.0f);
-    const __m512 silu = _mm512_div_ps(gate, _mm512_add_ps(one, exponential(_mm512_sub_ps(_mm512_setzero_ps(), gate))));
-    store(wide + row * inner + block * 16, _mm512_mul_ps(rounded(silu), rounded(up)));
+    const Floats silu = gate / (all(1.0f) + exponential(all(0.0f) - gate));
+    store(wide + row * inner + block * 16, rounded(silu) * rounded(up));
   });
 #pragma omp barrier
   project_back(wide, count, layer.down, x, size);
@@ -134,12 +127,14 @@ static inline void run_layer(const Stack& stack, const Step& step, long number, 
 
 extern "C" {
 
-// 1 where this CPU and kernel let the process use tiles.
+// 1 where the operating system lets this process use what the kernels need.
 int specdec_can_run() {
+#ifdef __AMX_BF16__
   constexpr int ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18;
-  __builtin_cpu_init();
-  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512bf16") &&
-         syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0;
+  return syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0;
+#else
+  return 1;
+#endif
 }
 
 // Numbers of room that `specdec_run` wants for the normed rows and for the wide ones.
@@ -167,27 +162,29 @@ void specdec_norm(const bf16* x, const int64_t* rows, int64_t count, const bf16*
   for (long i = 0; i < count; ++i) norm(x + (rows ? rows[i] : i) * size, weight, size, eps, to + i * stride);
 }
 
-// rows [count, inputs] x weight to [count, outputs].
-void specdec_linear(const bf16* rows, int64_t count, const Weight* weight, bf16* to, int64_t num_threads) {
-  const long outputs = weight->outputs, inputs = weight->inputs;
+// rows [count, inputs] x weight to [count, outputs]; the weight may have been filled up to more inputs.
+void specdec_linear(const bf16* rows, int64_t count, int64_t inputs, const Weight* weight, bf16* to, int64_t num_threads) {
+  const long outputs = weight->outputs, width = weight->inputs;
 #pragma omp parallel num_threads(num_threads)
   {
     Tiles tiles;
     const bf16* whole = rows;
-    if (count % ROWS) {
-      // Tiles read 16 rows, so there must be memory behind the last.
+    if (width != inputs || (READS_WHOLE_TILES && count % ROWS)) {
       static thread_local Scratch copy;
-      bf16* copied = (bf16*)copy.get((count + ROWS) * inputs * sizeof(bf16));
-      std::memcpy(copied, rows, count * inputs * sizeof(bf16));
+      bf16* copied = (bf16*)copy.get((count + ROWS) * width * sizeof(bf16));
+      for (long r = 0; r < count; ++r) {
+        std::memcpy(copied + r * width, rows + r * inputs, inputs * sizeof(bf16));
+        std::memset(copied + r * width + inputs, 0, (width - inputs) * sizeof(bf16));
+      }
       whole = copied;
     }
-    product(whole, count, *weight, [&](long row, long block, __m512 sums) {
+    product(whole, count, *weight, [&](long row, long block, Floats sums) {
       bf16* at = to + row * outputs + block * 16;
       const long left = outputs - block * 16;
       if (left >= 16)
         store(at, sums);
       else
-        _mm256_mask_storeu_epi16(at, (1 << left) - 1, (__m256i)_mm512_cvtneps_pbh(sums));
+        store_some(at, sums, left);
     });
   }
 }

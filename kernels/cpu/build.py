@@ -13,10 +13,14 @@ from functools import cache
 from pathlib import Path
 
 _FOLDER = Path(__file__).parent
-_FLAGS = [
-    *("-std=c++17", "-O3", "-march=sapphirerapids", "-mprefer-vector-width=512", "-fopenmp", "-shared", "-fPIC"),
-    *("-fno-exceptions", "-fno-rtti"),
-]
+_FLAGS = ("-std=c++17", "-O3", "-fopenmp", "-shared", "-fPIC", "-fno-exceptions", "-fno-rtti")
+_AVX2, _AVX512 = ("-mavx2", "-mfma"), ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl")
+# What the kernels can be built for, the fastest first: what /proc/cpuinfo must list, and what the compiler is told.
+_TARGETS = {
+    "amx": (("amx_bf16", "avx512_bf16"), ("-march=sapphirerapids", "-mprefer-vector-width=512")),
+    "avx512": (("avx512f", "avx512bw", "avx512dq", "avx512vl"), (*_AVX2, *_AVX512, "-mprefer-vector-width=512")),
+    "avx2": (("avx2", "fma"), _AVX2),
+}
 
 
 class NotBuilt(RuntimeError):
@@ -27,27 +31,41 @@ class NotBuilt(RuntimeError):
 def library() -> ctypes.CDLL:
     """The compiled kernels. They are built where they are first wanted (some seconds) and kept in the user's cache folder.
 
-    Raises NotBuilt where the CPU has no AMX, there is no C++ compiler, or SPECDEC_KERNELS=reference forbids them.
+    Raises NotBuilt where the CPU has none of the instruction sets, there is no C++ compiler, or SPECDEC_KERNELS=reference
+    forbids them; ValueError for what SPECDEC_CPU cannot mean here.
     """
     if os.environ.get("SPECDEC_KERNELS") == "reference":
         raise NotBuilt("SPECDEC_KERNELS=reference")
-    if platform.system() != "Linux" or platform.machine() != "x86_64":
-        raise NotBuilt(f"they are for Linux on x86-64, not {platform.system()} on {platform.machine()}")
-    if "amx_bf16" not in Path("/proc/cpuinfo").read_text(encoding="utf-8"):
-        raise NotBuilt("this CPU has no AMX with bfloat16")
     # torch's own OpenMP threads are already there, under the same name; a second set would fight them for the cores.
-    library = ctypes.CDLL(str(_built()))
+    library = ctypes.CDLL(str(_built(instruction_set())))
     if not library.specdec_can_run():
-        raise NotBuilt("the operating system does not let this process use AMX")
+        raise NotBuilt("the operating system does not let this process use AMX; SPECDEC_CPU=avx512 does without")
     # Addresses go as plain integers, which take half the time of pointers in the call that a step makes most.
     number, real = ctypes.c_int64, ctypes.c_float
-    library.specdec_linear.argtypes = [number] * 5
+    library.specdec_linear.argtypes = [number] * 6
     library.specdec_run.argtypes = [number] * 5
     library.specdec_room.argtypes = [number] * 4
     library.specdec_norm.argtypes = [number, number, number, number, number, real, number, number]
     for function in (library.specdec_linear, library.specdec_run, library.specdec_room, library.specdec_norm):
         function.restype = None
     return library
+
+
+def instruction_set() -> str:
+    """What the kernels are built for: amx, avx512 or avx2, the best that this CPU has, or what SPECDEC_CPU says.
+
+    Raises NotBuilt where there is none, ValueError for one that this CPU does not have.
+    """
+    if platform.system() != "Linux" or platform.machine() != "x86_64":
+        raise NotBuilt(f"they are for Linux on x86-64, not {platform.system()} on {platform.machine()}")
+    flags = set(Path("/proc/cpuinfo").read_text(encoding="utf-8").split())
+    here = [name for name, (needed, _) in _TARGETS.items() if flags.issuperset(needed)]
+    if not here:
+        raise NotBuilt("this CPU has no AVX2")
+    wanted = os.environ.get("SPECDEC_CPU") or here[0]
+    if wanted not in here:
+        raise ValueError(f"SPECDEC_CPU={wanted!r} is nothing that this CPU runs; use {' or '.join(here)}")
+    return wanted
 
 
 def can_run() -> bool:
@@ -59,25 +77,26 @@ def can_run() -> bool:
     return True
 
 
-def _built() -> Path:
+def _built(target: str) -> Path:
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
         raise NotBuilt("there is no C++ compiler: install g++")
+    flags = [*_FLAGS, *_TARGETS[target][1]]
     sources = sorted([*_FOLDER.glob("*.h"), *_FOLDER.glob("*.cpp")])
-    key = hashlib.sha256(" ".join([compiler, *_FLAGS]).encode())
+    key = hashlib.sha256(" ".join([compiler, *flags]).encode())
     for source in sources:
         key.update(source.read_bytes())
     own = os.environ.get("SPECDEC_CACHE")
     base = Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "specdec"
     folder = base / "kernels"
-    place = folder / f"amx-{key.hexdigest()[:16]}.so"
+    place = folder / f"{target}-{key.hexdigest()[:16]}.so"
     if not place.exists():
         try:
             folder.mkdir(parents=True, exist_ok=True)
             # Another process may build it at the same time: each writes a file of its own and puts it in place whole.
             with tempfile.TemporaryDirectory(dir=folder) as own:
                 part = Path(own) / place.name
-                command = [compiler, *_FLAGS, *(str(one) for one in sources if one.suffix == ".cpp"), "-o", str(part)]
+                command = [compiler, *flags, *(str(one) for one in sources if one.suffix == ".cpp"), "-o", str(part)]
                 done = subprocess.run(command, capture_output=True, text=True, check=False)
                 if done.returncode:
                     raise NotBuilt(f"{compiler} failed: {done.stderr.strip()[-300:]}")

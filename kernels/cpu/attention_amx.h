@@ -1,28 +1,10 @@
 // Attention over pages: 16 rows (queries times the heads of a group) at a time, keys in the order of positions along each
 // query's own path, in tiles of 32. A row's bits depend on its own path alone.
 #pragma once
-#include "common.h"
+#include "sequence.h"
+#include "tiles.h"
 
 constexpr long TILE = 32;
-
-struct Sequence {
-  int64_t row, num_queries, visible_len, num_keys;
-  // The slot of every key; null: one run from `first_slot`.
-  const int64_t* slots;
-  int64_t first_slot;
-  // [queries, num_keys - visible_len], null: causal, the queries being the last keys.
-  const uint8_t* tail_mask;
-
-  int64_t slot(int64_t key) const { return slots ? slots[key] : first_slot + key; }
-};
-
-struct Heads {
-  int64_t num_heads, num_groups, size;
-  float scaling;
-  int64_t window;
-
-  long per_group() const { return num_heads / num_groups; }
-};
 
 // 16 x 16 numbers of 32 bits, rows to columns.
 static inline void transpose(__m512i v[16]) {
@@ -52,31 +34,13 @@ static inline void transpose(__m512i v[16]) {
 }
 
 // One block of 16 rows of one sequence and group.
-class Block {
+class Block : BlockOfRows {
  public:
   // `queries` and `out` are rows of the packed forward, `keys` and `values` one layer of the cache.
   Block(const Sequence& sequence, const Heads& heads, long group, long first_row)
-      : sequence_(sequence), heads_(heads), group_(group), first_(first_row) {
-    const long total = sequence.num_queries * heads.per_group();
-    count_ = total - first_ < ROWS ? total - first_ : ROWS;
+      : BlockOfRows(sequence, heads, group, first_row) {
     shared_ = sequence.tail_mask ? sequence.visible_len / TILE * TILE : sequence.num_keys;
-    alignas(64) int32_t last[ROWS];
-    longest_ = 0;
-    for (long r = 0; r < ROWS; ++r) {
-      last[r] = -1;
-      if (r >= count_) continue;
-      const long query = query_of(r);
-      const long tail = sequence.num_keys - sequence.visible_len;
-      if (sequence.tail_mask) {
-        long seen = 0;
-        for (long m = 0; m < tail; ++m) seen += sequence.tail_mask[query * tail + m];
-        last[r] = sequence.visible_len + seen - 1;
-      } else {
-        last[r] = sequence.num_keys - sequence.num_queries + query;
-      }
-      if (last[r] + 1 > longest_) longest_ = last[r] + 1;
-    }
-    last_ = _mm512_load_si512(last);
+    lasts_ = _mm512_load_si512(last_);
     tiles_ = (longest_ + TILE - 1) / TILE;
   }
 
@@ -98,9 +62,6 @@ class Block {
   }
 
  private:
-  long query_of(long row) const { return (first_ + row) / heads_.per_group(); }
-  long head_of(long row) const { return group_ * heads_.per_group() + (first_ + row) % heads_.per_group(); }
-
   long shared_tiles() const {
     const long all = (shared_ + TILE - 1) / TILE;
     return all < tiles_ ? all : tiles_;
@@ -162,9 +123,7 @@ class Block {
     for (long e = 0; e < heads_.size; e += DEPTH) {
       __m512i rows[16];
       for (long r = 0; r < ROWS; ++r)
-        rows[r] = r < count_ ? _mm512_loadu_si512(queries + (sequence_.row + query_of(r)) * stride +
-                                                  head_of(r) * heads_.size + e)
-                             : _mm512_setzero_si512();
+        rows[r] = r < count_ ? _mm512_loadu_si512(queries + place_of(r, stride) + e) : _mm512_setzero_si512();
       transpose(rows);
       for (long i = 0; i < 16; ++i) _mm512_store_si512(queries_ + e * ROWS + i * 32, rows[i]);
     }
@@ -194,8 +153,8 @@ class Block {
     const __m512i window = _mm512_set1_epi32(heads_.window > 0 ? heads_.window : INT32_MAX / 2);
     for (long i = 0; i < TILE; ++i) {
       const __m512i position = _mm512_set1_epi32(tile * TILE + i);
-      const __mmask16 sees = _mm512_cmple_epi32_mask(position, last_) &
-                             _mm512_cmpgt_epi32_mask(_mm512_add_epi32(position, window), last_);
+      const __mmask16 sees = _mm512_cmple_epi32_mask(position, lasts_) &
+                             _mm512_cmpgt_epi32_mask(_mm512_add_epi32(position, window), lasts_);
       const __m512 scaled = _mm512_mul_ps(_mm512_load_ps(sums + i * ROWS), scaling);
       _mm512_mask_store_ps(scores_ + (tile * TILE + i) * ROWS, rows,
                            _mm512_mask_mov_ps(_mm512_set1_ps(-INFINITY), sees, scaled));
@@ -250,7 +209,7 @@ class Block {
     _tile_stored(3, result[3], 64);
     _mm512_store_ps(total, sums);
     for (long r = 0; r < count_; ++r) {
-      bf16* to = out + (sequence_.row + query_of(r)) * out_stride + head_of(r) * heads_.size + e;
+      bf16* to = out + place_of(r, out_stride) + e;
       for (long i = 0; i < width / 16; ++i)
         store(to + i * 16, _mm512_div_ps(_mm512_load_ps(result[i] + r * 16), _mm512_set1_ps(total[r])));
     }
@@ -301,25 +260,11 @@ class Block {
     _tile_dpbf16ps(3, 4, 6);
   }
 
-  const Sequence& sequence_;
-  const Heads& heads_;
-  long group_, first_, count_, shared_, longest_, tiles_;
-  __m512i last_;
+  long shared_, tiles_;
+  __m512i lasts_;
   float* scores_ = nullptr;
   bf16 *weights_ = nullptr, *queries_ = nullptr;
   int64_t* path_ = nullptr;
   long path_len_ = 0;
   alignas(64) bf16 values_[4 * BLOCK];
 };
-
-// This thread's part of the attention of all sequences.
-static inline void attend(const Sequence* sequences, long count, const Heads& heads, const bf16* queries, long query_stride,
-                          const bf16* keys, const bf16* values, bf16* out, long out_stride) {
-  const long threads = omp_get_num_threads(), me = omp_get_thread_num();
-  long number = 0;
-  for (long s = 0; s < count; ++s)
-    for (long row = 0; row < sequences[s].num_queries * heads.per_group(); row += ROWS)
-      for (long group = 0; group < heads.num_groups; ++group)
-        if (number++ % threads == me)
-          Block(sequences[s], heads, group, row).run(queries, query_stride, keys, values, out, out_stride);
-}

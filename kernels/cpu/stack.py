@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from specdec.kernels.amx.build import library
-from specdec.kernels.amx.weight import AmxWeight, WeightStruct
+from specdec.kernels.cpu.blocked import BlockedWeight, WeightStruct
+from specdec.kernels.cpu.build import library
 from specdec.kernels.tree_attention import AttentionPlan, SequencePlan
 
 # Products read rows in pairs of tiles of 16.
@@ -39,11 +39,11 @@ class DecoderLayer:
     """
 
     norm1_D: Tensor | None
-    qkv: AmxWeight
-    out: AmxWeight
+    qkv: BlockedWeight
+    out: BlockedWeight
     norm2_D: Tensor
-    gate_up: AmxWeight
-    down: AmxWeight
+    gate_up: BlockedWeight
+    down: BlockedWeight
     query_norm_E: Tensor | None = None
     key_norm_E: Tensor | None = None
     window: int | None = None
@@ -117,8 +117,8 @@ class DecoderStack:
                 f"hidden size {shape.hidden_size} and head size {shape.head_size} must be multiples of 32, and a head at most "
                 f"256 wide"
             )
-        if any(layer.down.inputs % 16 for layer in layers):
-            raise ValueError(f"intermediate size {layers[0].down.inputs} must be a multiple of 16")
+        if any(layer.down.inputs % 32 for layer in layers):
+            raise ValueError(f"intermediate size {layers[0].down.inputs} must be a multiple of 32")
         self.shape, self.layers = shape, tuple(layers)
         self._layers = (_Layer * len(layers))(*(_layer(layer) for layer in layers))
         self._stack = _Stack(

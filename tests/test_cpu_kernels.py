@@ -1,9 +1,12 @@
-"""The C++ kernels for CPUs with AMX: products and whole stacks of layers against transformers, and bits that company does
+"""The C++ kernels for CPUs: products and whole stacks of layers against transformers, and bits that company does
 not change."""
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,7 +18,7 @@ from specdec.decoder_check import check_decoder
 from specdec.drafters.growth import TopK
 from specdec.drafters.ngram import NGramDrafter
 from specdec.engine import Engine
-from specdec.kernels.amx import AmxWeight, DecoderStack, NotBuilt, can_run, library
+from specdec.kernels.cpu import BlockedWeight, DecoderStack, NotBuilt, build, can_run, instruction_set, library
 from specdec.kernels.linear import Arena
 from specdec.model import PagedModel, Segment
 from specdec.pages import PagePool, PageTable
@@ -23,7 +26,36 @@ from specdec.sampling import SamplingParams
 from specdec.tree import TokenTree
 from specdec.verifiers import Verifier
 
-pytestmark = pytest.mark.skipif(not can_run(), reason="no AMX or no C++ compiler here")
+pytestmark = pytest.mark.skipif(not can_run(), reason="no C++ kernels for this machine")
+
+EMULATED = Path(__file__).parent / "emulated"
+_AVX2 = ("-mavx2", "-mfma")
+_DIGEST = hashlib.sha256((EMULATED / "immintrin.h").read_bytes()).hexdigest()[:16]
+_FLAGS = (*_AVX2, "-O2", "-Wno-psabi", "-ffp-contract=off", f"-I{EMULATED}", f"-DDIGEST_{_DIGEST}")
+TARGETS = {
+    "here": None,
+    "avx2": (("avx2", "fma"), _AVX2),
+    "emulated-avx512": (("avx2", "fma"), _FLAGS),
+    "emulated-amx": (("avx2", "fma"), (*_FLAGS, "-D__AMX_BF16__")),
+}
+
+
+@pytest.fixture(autouse=True, params=TARGETS)
+def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Every test runs on the kernels of this machine, then on those of others, whose instructions are emulated."""
+    target = TARGETS[request.param]
+    if target is None:
+        yield
+        return
+    if request.param == instruction_set():
+        pytest.skip("it is this machine's own")
+    monkeypatch.setitem(build._TARGETS, request.param, target)
+    monkeypatch.setenv("SPECDEC_CPU", request.param)
+    library.cache_clear()
+    yield
+    monkeypatch.undo()
+    library.cache_clear()
+
 
 SIZES = {
     "hidden_size": 96,
@@ -183,15 +215,16 @@ def test_speculation_says_what_plain_decoding_says(threads: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("outputs", "inputs", "has_bias"), [(16, 32, False), (50, 96, True), (7, 64, True), (160, 576, False)]
+    ("outputs", "inputs", "has_bias"),
+    [(16, 32, False), (50, 96, True), (7, 64, True), (160, 576, False), (33, 41, True)],
 )
 @pytest.mark.parametrize("rows", [1, 15, 16, 17, 32, 33, 70])
 def test_products_are_those_of_float32(outputs: int, inputs: int, has_bias: bool, rows: int) -> None:
     generator = torch.Generator().manual_seed(rows)
     weight, x = (torch.randn(size, inputs, generator=generator).bfloat16() for size in (outputs, rows))
     bias = torch.randn(outputs, generator=generator).bfloat16() if has_bias else None
-    packed = AmxWeight(
-        weight, bias, Arena(AmxWeight.room_for(outputs, inputs)).take(AmxWeight.room_for(outputs, inputs))
+    packed = BlockedWeight(
+        weight, bias, Arena(BlockedWeight.room_for(outputs, inputs)).take(BlockedWeight.room_for(outputs, inputs))
     )
     assert torch.equal(packed.plain(), weight)
     found = packed.multiply(x)
@@ -216,6 +249,7 @@ def test_an_arena_hands_out_what_it_has() -> None:
         ("gemma2", {"head_dim": 32}, "model type gemma2"),
         ("llama", {"hidden_act": "gelu"}, "activation is gelu"),
         ("llama", {"head_dim": 48}, "head size 48"),
+        ("llama", {"intermediate_size": 144}, "intermediate size 144"),
         ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}, "rotary"),
     ],
 )

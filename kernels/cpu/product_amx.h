@@ -1,18 +1,10 @@
-// Products of rows with packed weights: [rows, in] x [in, out], 32 outputs at a time.
+// Products of rows with packed weights by tiles of AMX: [rows, in] x [in, out], 32 outputs at a time.
 #pragma once
-#include "common.h"
+#include "tiles.h"
+#include "weight.h"
 
-// A weight [outputs, inputs] as blocks of 16 outputs and 32 inputs, a block's pairs of inputs behind one another: what a
-// tile product reads as it lies. `bias` may be null.
-struct Weight {
-  const bf16* blocks;
-  const bf16* bias;
-  long inputs, outputs;
-
-  const bf16* column(long block) const { return blocks + block * ROWS * inputs; }
-  long num_columns() const { return (outputs + ROWS - 1) / ROWS; }
-  __m512 added(long block) const { return bias ? load(bias + block * ROWS) : _mm512_setzero_ps(); }
-};
+// Products read 16 rows, so there must be memory behind the last.
+constexpr bool READS_WHOLE_TILES = true;
 
 // Reading this far ahead hides the memory's latency; all weights are read once per step, in order.
 constexpr long AHEAD = 8 * BLOCK;
@@ -60,7 +52,7 @@ static inline void multiply_all(
       multiply<true>(rows + at * stride, stride, one, other, inputs, sums);
     else
       multiply<false>(rows + at * stride, stride, one, other, inputs, sums);
-    for (long r = 0; r < some; ++r) done(at + r, _mm512_load_ps(sums + r * 16), _mm512_load_ps(sums + 512 + r * 16));
+    for (long r = 0; r < some; ++r) done(at + r, load_floats(sums + r * 16), load_floats(sums + 512 + r * 16));
   }
 }
 
@@ -73,11 +65,11 @@ static inline void product(const bf16* rows, long count, const Weight& weight, D
   share((columns + 1) / 2, begin, end);
   for (long pair = begin; pair < end; ++pair) {
     const long one = 2 * pair, other = one + 1 < columns ? one + 1 : one;
-    const __m512 first = weight.added(one), second = weight.added(other);
+    const Floats first = weight.added(one), second = weight.added(other);
     multiply_all(rows, count, weight.inputs, weight.column(one), weight.column(other), weight.inputs,
-                 [&](long row, __m512 a, __m512 b) {
-                   done(row, one, _mm512_add_ps(a, first));
-                   if (other != one) done(row, other, _mm512_add_ps(b, second));
+                 [&](long row, Floats a, Floats b) {
+                   done(row, one, a + first);
+                   if (other != one) done(row, other, b + second);
                  });
   }
 }
@@ -89,10 +81,10 @@ static inline void product_of_halves(const bf16* rows, long count, const Weight&
   long begin, end;
   share(half, begin, end);
   for (long block = begin; block < end; ++block) {
-    const __m512 first = weight.added(block), second = weight.added(block + half);
+    const Floats first = weight.added(block), second = weight.added(block + half);
     multiply_all(rows, count, weight.inputs, weight.column(block), weight.column(block + half), weight.inputs,
-                 [&](long row, __m512 a, __m512 b) {
-                   done(row, block, _mm512_add_ps(a, first), _mm512_add_ps(b, second));
+                 [&](long row, Floats a, Floats b) {
+                   done(row, block, a + first, b + second);
                  });
   }
 }

@@ -1,0 +1,18 @@
+"""Linear layers and stacks of decoder layers in bfloat16, in C++ for the vectors or tiles that a CPU has."""
+
+from specdec.kernels.cpu.blocked import BlockedWeight
+from specdec.kernels.cpu.build import NotBuilt, can_run, instruction_set, library
+from specdec.kernels.cpu.stack import DecoderLayer, DecoderStack, StackShape, norm, padded_rows
+
+__all__ = [
+    "BlockedWeight",
+    "DecoderLayer",
+    "DecoderStack",
+    "NotBuilt",
+    "StackShape",
+    "can_run",
+    "instruction_set",
+    "library",
+    "norm",
+    "padded_rows",
+]

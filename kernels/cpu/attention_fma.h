@@ -1,0 +1,150 @@
+// Attention over pages by fused multiply-adds in float32: 16 rows (queries times the heads of a group) at a time, keys in the
+// order of positions along each query's own path. A row's bits depend on its own path alone.
+#pragma once
+#include "sequence.h"
+
+// One block of 16 rows of one sequence and group.
+class Block : BlockOfRows {
+ public:
+  // `queries` and `out` are rows of the packed forward, `keys` and `values` one layer of the cache.
+  Block(const Sequence& sequence, const Heads& heads, long group, long first_row)
+      : BlockOfRows(sequence, heads, group, first_row) {
+    shared_ = sequence.tail_mask ? sequence.visible_len : longest_;
+    width_ = (longest_ + 15) / 16 * 16;
+  }
+
+  void run(const bf16* queries, long query_stride, const bf16* keys, const bf16* values, bf16* out, long out_stride) {
+    static thread_local Scratch scores_memory, queries_memory, results_memory, path_memory;
+    scores_ = (float*)scores_memory.get(ROWS * width_ * sizeof(float));
+    queries_ = (float*)queries_memory.get(ROWS * heads_.size * sizeof(float));
+    results_ = (float*)results_memory.get(ROWS * heads_.size * sizeof(float));
+    path_ = (int64_t*)path_memory.get((longest_ + 1) * sizeof(int64_t));
+    for (long r = 0; r < count_; ++r)
+      for (long e = 0; e < heads_.size; e += 32) {
+        Floats even, odd;
+        load_pairs(queries + place_of(r, query_stride) + e, even, odd);
+        store_floats(queries_ + r * heads_.size + e, even);
+        store_floats(queries_ + r * heads_.size + e + 16, odd);
+      }
+    for (long p = 0; p < shared_; ++p) path_[p] = sequence_.slot(p);
+    each_piece([&](long row, long rows, long from, long to) { score(keys, row, rows, from, to); });
+    float sums[ROWS];
+    for (long r = 0; r < count_; ++r) sums[r] = exponentiate(r);
+    std::memset(results_, 0, count_ * heads_.size * sizeof(float));
+    each_piece([&](long row, long rows, long from, long to) { gather(values, row, rows, from, to); });
+    for (long r = 0; r < count_; ++r)
+      for (long e = 0; e < heads_.size; e += 32) {
+        const float* from = results_ + r * heads_.size + e;
+        const Floats total = all(sums[r]);
+        store_pairs(out + place_of(r, out_stride) + e, load_floats(from) / total, load_floats(from + 16) / total);
+      }
+  }
+
+ private:
+  // Rows that see the same keys at the positions [from, to): all rows what is before the tree, each query's its own path.
+  // `path_` holds these keys' slots.
+  template <typename Do>
+  void each_piece(Do visit) {
+    visit(0, count_, 0, shared_);
+    if (!sequence_.tail_mask) return;
+    const long tail = sequence_.num_keys - sequence_.visible_len;
+    for (long row = 0, next; row < count_; row = next) {
+      const long query = query_of(row);
+      for (next = row; next < count_ && query_of(next) == query;) ++next;
+      long end = shared_;
+      for (long m = 0; m < tail; ++m)
+        if (sequence_.tail_mask[query * tail + m]) path_[end++] = sequence_.slot(sequence_.visible_len + m);
+      visit(row, next - row, shared_, end);
+    }
+  }
+
+  // Calls visit<rows>(first row) for pieces of at most MOST rows.
+  template <long MOST, typename Do>
+  static void in_pieces(long row, long rows, Do visit) {
+    for (; rows >= MOST; row += MOST, rows -= MOST) visit(row, std::integral_constant<long, MOST>());
+    if constexpr (MOST > 1)
+      if (rows) in_pieces<MOST / 2>(row, rows, visit);
+  }
+
+  const bf16* at(const bf16* cache, long position) const {
+    return cache + (path_[position] * heads_.num_groups + group_) * heads_.size;
+  }
+
+  void score(const bf16* keys, long row, long rows, long from, long to) {
+    in_pieces<SUMS / 6 * 4>(row, rows, [&](long first, auto number) {
+      constexpr long NUM = decltype(number)::value;
+      const long size = heads_.size;
+      for (long p = from; p < to; ++p) {
+        const bf16* key = at(keys, p);
+        Floats kept[NUM];
+#pragma GCC unroll 16
+        for (long r = 0; r < NUM; ++r) kept[r] = all(0.0f);
+        for (long e = 0; e < size; e += 32) {
+          Floats even, odd;
+          load_pairs(key + e, even, odd);
+          const float* query = queries_ + first * size + e;
+#pragma GCC unroll 16
+          for (long r = 0; r < NUM; ++r) {
+            kept[r] = plus_product(kept[r], even, load_floats(query + r * size));
+            kept[r] = plus_product(kept[r], odd, load_floats(query + r * size + 16));
+          }
+        }
+#pragma GCC unroll 16
+        for (long r = 0; r < NUM; ++r) scores_[(first + r) * width_ + p] = sum(kept[r]) * heads_.scaling;
+      }
+    });
+  }
+
+  // Scores to weights before they are divided by their sum, which it returns.
+  float exponentiate(long row) {
+    float* scores = scores_ + row * width_;
+    const long end = last_[row] + 1, hidden = heads_.window > 0 && end > heads_.window ? end - heads_.window : 0;
+    for (long p = 0; p < hidden; ++p) scores[p] = -INFINITY;
+    for (long p = end; p < width_; ++p) scores[p] = -INFINITY;
+    Floats best = all(-INFINITY), sums = all(0.0f);
+    for (long p = 0; p < width_; p += 16) best = larger(best, load_floats(scores + p));
+    const Floats bound = all(largest(best));
+    for (long p = 0; p < width_; p += 16) {
+      const Floats weights = exponential(load_floats(scores + p) - bound);
+      store_floats(scores + p, weights);
+      sums = sums + weights;
+    }
+    return sum(sums);
+  }
+
+  // Adds the values at some positions to what the rows have.
+  void gather(const bf16* values, long row, long rows, long from, long to) {
+    in_pieces<SUMS / 6 * 2>(row, rows, [&](long first, auto number) {
+      constexpr long NUM = decltype(number)::value;
+      for (long e = 0; e < heads_.size; e += 32) {
+        float* results = results_ + first * heads_.size + e;
+        Floats even[NUM], odd[NUM];
+#pragma GCC unroll 8
+        for (long r = 0; r < NUM; ++r) {
+          even[r] = load_floats(results + r * heads_.size);
+          odd[r] = load_floats(results + r * heads_.size + 16);
+        }
+        const float* weights = scores_ + first * width_;
+        for (long p = from; p < to; ++p) {
+          Floats a, b;
+          load_pairs(at(values, p) + e, a, b);
+#pragma GCC unroll 8
+          for (long r = 0; r < NUM; ++r) {
+            const Floats weight = all(weights[r * width_ + p]);
+            even[r] = plus_product(even[r], a, weight);
+            odd[r] = plus_product(odd[r], b, weight);
+          }
+        }
+#pragma GCC unroll 8
+        for (long r = 0; r < NUM; ++r) {
+          store_floats(results + r * heads_.size, even[r]);
+          store_floats(results + r * heads_.size + 16, odd[r]);
+        }
+      }
+    });
+  }
+
+  long shared_, width_;
+  float *scores_ = nullptr, *queries_ = nullptr, *results_ = nullptr;
+  int64_t* path_ = nullptr;
+};

@@ -1,0 +1,40 @@
+// What all kernels share: rows of bfloat16, scratch memory, how a team of threads shares work.
+#pragma once
+#include <omp.h>
+
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+
+typedef uint16_t bf16;
+
+// A block of a packed weight is 16 outputs by 32 inputs, what a tile of AMX holds in bfloat16.
+constexpr long ROWS = 16;
+constexpr long DEPTH = 32;
+constexpr long BLOCK = ROWS * DEPTH;
+
+// Memory that only grows, one piece per thread and purpose.
+class Scratch {
+ public:
+  ~Scratch() { std::free(at_); }
+  void* get(size_t bytes) {
+    if (bytes > size_) {
+      std::free(at_);
+      size_ = (bytes + 4095) / 4096 * 4096;
+      at_ = std::aligned_alloc(64, size_);
+    }
+    return at_;
+  }
+
+ private:
+  void* at_ = nullptr;
+  size_t size_ = 0;
+};
+
+// The share of `count` pieces that this thread of the team does.
+static inline void share(long count, long& begin, long& end) {
+  const long threads = omp_get_num_threads(), me = omp_get_thread_num();
+  begin = count * me / threads;
+  end = count * (me + 1) / threads;
+}
