@@ -58,12 +58,12 @@ class Block : BlockOfRows {
     }
   }
 
-  // Calls visit<rows>(first row) for pieces of at most MOST rows.
+  // Calls visit(first row, how many) for pieces of at most MOST rows, a number that the compiler knows.
   template <long MOST, typename Do>
   static void in_pieces(long row, long rows, Do visit) {
     for (; rows >= MOST; row += MOST, rows -= MOST) visit(row, std::integral_constant<long, MOST>());
     if constexpr (MOST > 1)
-      if (rows) in_pieces<MOST / 2>(row, rows, visit);
+      if (rows) in_pieces<MOST - 1>(row, rows, visit);
   }
 
   const bf16* at(const bf16* cache, long position) const {
@@ -71,7 +71,7 @@ class Block : BlockOfRows {
   }
 
   void score(const bf16* keys, long row, long rows, long from, long to) {
-    in_pieces<SUMS / 6 * 4>(row, rows, [&](long first, auto number) {
+    in_pieces<SUMS < 12 ? 4 : 8>(row, rows, [&](long first, auto number) {
       constexpr long NUM = decltype(number)::value;
       const long size = heads_.size;
       for (long p = from; p < to; ++p) {
@@ -114,7 +114,7 @@ class Block : BlockOfRows {
 
   // Adds the values at some positions to what the rows have.
   void gather(const bf16* values, long row, long rows, long from, long to) {
-    in_pieces<SUMS / 6 * 2>(row, rows, [&](long first, auto number) {
+    in_pieces<SUMS < 12 ? 2 : 8>(row, rows, [&](long first, auto number) {
       constexpr long NUM = decltype(number)::value;
       for (long e = 0; e < heads_.size; e += 32) {
         float* results = results_ + first * heads_.size + e;

@@ -95,8 +95,12 @@ class WideRows {
     for (long group = 0; group < groups_; ++group) {
       const long first = first_of(group), size = first_of(group + 1) - first;
       float* to = at_ + first * inputs;
+      alignas(64) float wide[ROWS];
       for (long r = 0; r < size; ++r)
-        for (long k = 0; k < inputs; ++k) to[k * size + r] = widened(rows[(first + r) * inputs + k]);
+        for (long k = 0; k < inputs; k += ROWS) {
+          store_floats(wide, load(rows + (first + r) * inputs + k));
+          for (long i = 0; i < ROWS; ++i) to[(k + i) * size + r] = wide[i];
+        }
     }
   }
 
@@ -120,12 +124,6 @@ class WideRows {
   long first_of(long group) const {
     const long size = count_ / groups_, larger = count_ % groups_;
     return group * size + (group < larger ? group : larger);
-  }
-  static float widened(bf16 x) {
-    const uint32_t bits = (uint32_t)x << 16;
-    float wide;
-    std::memcpy(&wide, &bits, sizeof wide);
-    return wide;
   }
 
   long count_, inputs_, groups_;
