@@ -2,29 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from contextlib import suppress
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from specdec.decoder import NotServed
+from specdec.drafters.growth import Grown
 from specdec.drafters.heads.eagle import EagleHead
 from specdec.drafters.heads.frequencies import FrequentTokens, frequent_tokens
-from specdec.drafters.heads.fused import FusedEagle
+from specdec.drafters.heads.fused import FusedEagle, FusedGrowth
 from specdec.drafters.heads.source import HeadSource, resolve
 from specdec.drafters.levels import LevelDrafter, LevelRound, Span
 from specdec.drafters.network import NextLogits, fitted
 from specdec.drafters.vocabulary import drafting
 from specdec.interfaces import Commit
+from specdec.kernels.cpu import GrowingRoot, GrownTrees
 from specdec.kernels.tree_attention import AttentionPlan, tree_attention
 from specdec.kv_cache import KVCache, LayerShape
 from specdec.model import PagedModel, Segment, plan_attention
 from specdec.packing import can_pack
-from specdec.pages import PagePool
+from specdec.pages import PagePool, PageTable
 from specdec.sequence import Sequence
 from specdec.static_shapes import StaticInputs
+from specdec.tree import TokenTree
 
 
 @dataclass
@@ -73,9 +78,11 @@ class EagleDrafter(LevelDrafter):
         self._served = fitted(found.head, target, _run_once)
         self._lm_head, self._ids_R = found.lm_head, found.ids_R
         self._fused: FusedEagle | None = None
+        self._growth: FusedGrowth | None = None
         if can_pack(target.device, target.dtype):
             with suppress(NotServed):
                 self._fused = FusedEagle(self._served)
+                self._growth = self._fused_growth(target, found.lm_head)
         self.vocab_size, self.device = target.vocab_size, target.device
         self._target = target
         if self._cache is not None:
@@ -84,6 +91,14 @@ class EagleDrafter(LevelDrafter):
         shape = LayerShape(config.num_kv_heads, config.head_size, config.head_size)
         self._cache = KVCache(pool, [shape], target.dtype, target.device)
         self._states.clear()
+
+    def _fused_growth(self, target: PagedModel, lm_head: Callable[[Tensor], Tensor]) -> FusedGrowth:
+        assert self._fused is not None
+        embedding: nn.Module = self._served.embed_tokens or target.model.get_input_embeddings()
+        # A part of the target's LM head stands in a sequence of its own.
+        whole: nn.Module = target.model.get_output_embeddings()
+        outputs = self._served.lm_head or (lm_head[0] if isinstance(lm_head, nn.Sequential) else whole)
+        return FusedGrowth(self._served, self._fused, embedding, outputs, self._ids_R)
 
     @torch.inference_mode()
     def observe(self, commits: Seq[Commit]) -> None:
@@ -143,6 +158,20 @@ class EagleDrafter(LevelDrafter):
         """Logits [T, R] over the draft vocabulary, and its target ids where it is a part of the target's."""
         return self._served.logits(hidden_TD, self._lm_head), self._ids_R
 
+    @torch.inference_mode()
+    def confidence_trees(
+        self, roots: Seq[GrowingRoot], states_BD: Tensor, max_nodes: int, depth: int, k: int
+    ) -> GrownTrees | None:
+        """Trees behind the roots, whose states are given, in one call; None where there is none."""
+        if self._growth is None or self._cache is None:
+            return None
+        return self._growth.grow(roots, states_BD, self._cache, max_nodes, depth, k)
+
+    @property
+    def grows_at_once(self) -> bool:
+        """Whether `confidence_trees` may serve."""
+        return self._growth is not None
+
     def _limit(self, sequence: Sequence) -> int:
         if sequence.id not in self._states:
             # Before the first token of all there is no feature.
@@ -179,12 +208,45 @@ class _EagleRound(LevelRound):
         self._hidden_BXD = torch.cat([self._hidden_BXD, hidden_BWD], 1)
         return self._next(hidden_BWD)
 
+    def confidence_tree(self, max_nodes: int, depth: int, k: int) -> Grown | None:
+        if not self._eagle.grows_at_once:
+            return None
+        states_BD = self.catch_up()
+        roots = [
+            growing_root(one.table, total, limit)
+            for one, total, limit in zip(self.sequences, self._num_entries, self.limits, strict=True)
+        ]
+        trees = self._eagle.confidence_trees(roots, states_BD, max_nodes - 1, depth, k)
+        return None if trees is None else _grown(trees, self.roots_B, self.vocab_size)
+
     def run_chunk(self, segments: list[Segment], spans: list[Span], rows_R: Tensor) -> Tensor:
         features = torch.cat([self._states[span.row].take(span.start, span.end) for span in spans])
         return self._eagle.run(segments, features)[rows_R]
 
     def _next(self, hidden_BWD: Tensor) -> NextLogits:
         return NextLogits(self, *self._eagle.answer(hidden_BWD))
+
+
+def growing_root(table: PageTable, num_entries: int, limit: int) -> GrowingRoot:
+    """A root behind `num_entries` entries (its own is the last of them)."""
+    first = table.first_slot
+    if first is not None:
+        return GrowingRoot(limit, num_entries - 1, num_entries, first, None)
+    size = table.pool.page_size
+    slots = (torch.tensor(table.pages)[:, None] * size + torch.arange(size)).flatten()
+    return GrowingRoot(limit, num_entries - 1, num_entries, None, slots)
+
+
+def _grown(trees: GrownTrees, roots_B: Tensor, vocab_size: int) -> Grown:
+    """The trees with their roots."""
+    width = int(trees.num_nodes_B.max())
+    inside_BN = torch.arange(width) < trees.num_nodes_B[:, None]
+    tokens_BN = torch.cat([roots_B[:, None], trees.tokens_BN[:, :width]], 1)
+    parents_BN = pad(torch.where(inside_BN, trees.parents_BN[:, :width], -1), (1, 0), value=-1)
+    expanded_BN = pad(torch.where(inside_BN, trees.expanded_BN[:, :width], -1), (1, 0))
+    confidence_BN = pad(trees.confidence_BN[:, :width], (1, 0), value=torch.nan)
+    tree = TokenTree.from_parents(tokens_BN, parents_BN, 1 + trees.num_nodes_B, vocab_size, confidence_BN)
+    return Grown(tree, expanded_BN)
 
 
 def check_fit(head: EagleHead, target: PagedModel) -> None:

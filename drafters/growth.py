@@ -58,6 +58,15 @@ class Grown:
 
 
 @runtime_checkable
+class ConfidenceRound(Protocol):
+    """A round that may know a quicker way to the trees of `TopK`."""
+
+    def confidence_tree(self, max_nodes: int, depth: int, k: int) -> Grown | None:
+        """What `TopK(max_nodes, depth, k)` grows, up to rounding; None where there is no quicker way."""
+        ...
+
+
+@runtime_checkable
 class GrowingPolicy(TreePolicy, Protocol):
     """A policy that grows trees on any drafter that answers as a `DraftRound`."""
 
@@ -166,6 +175,10 @@ class TopK(FixedPolicy):
     def grow(self, draft: DraftRound, noise: Noise) -> Grown:
         device = draft.roots_B.device
         batch, depths = len(draft.limits), min(self.max_depth, max(draft.limits))
+        if isinstance(draft, ConfidenceRound):
+            grown = draft.confidence_tree(self.max_nodes, depths, self.k)
+            if grown is not None:
+                return grown
         limits = torch.tensor(draft.limits, device=device)
         # Candidates in the order they arise: token, score (log-probability of the path), parent candidate, own expansion.
         tokens_BC, scores_BC = (values[:, 0] for values in draft.expand_root().top(self.k))

@@ -4,13 +4,11 @@ not change."""
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
 from conftest import make_tiny
+from cpu_targets import kernels as kernels
 from torch.nn.functional import linear
 
 from specdec.decoder import FastDecoder, NotServed
@@ -18,7 +16,7 @@ from specdec.decoder_check import check_decoder
 from specdec.drafters.growth import TopK
 from specdec.drafters.ngram import NGramDrafter
 from specdec.engine import Engine
-from specdec.kernels.cpu import BlockedWeight, DecoderStack, NotBuilt, build, can_run, instruction_set, library
+from specdec.kernels.cpu import BlockedWeight, DecoderStack, NotBuilt, can_run, library
 from specdec.kernels.linear import Arena
 from specdec.model import PagedModel, Segment
 from specdec.pages import PagePool, PageTable
@@ -26,36 +24,7 @@ from specdec.sampling import SamplingParams
 from specdec.tree import TokenTree
 from specdec.verifiers import Verifier
 
-pytestmark = pytest.mark.skipif(not can_run(), reason="no C++ kernels for this machine")
-
-EMULATED = Path(__file__).parent / "emulated"
-_AVX2 = ("-mavx2", "-mfma")
-_DIGEST = hashlib.sha256((EMULATED / "immintrin.h").read_bytes()).hexdigest()[:16]
-_FLAGS = (*_AVX2, "-O2", "-Wno-psabi", "-ffp-contract=off", f"-I{EMULATED}", f"-DDIGEST_{_DIGEST}")
-TARGETS = {
-    "here": None,
-    "avx2": (("avx2", "fma"), _AVX2),
-    "emulated-avx512": (("avx2", "fma"), _FLAGS),
-    "emulated-amx": (("avx2", "fma"), (*_FLAGS, "-D__AMX_BF16__")),
-}
-
-
-@pytest.fixture(autouse=True, params=TARGETS)
-def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Every test runs on the kernels of this machine, then on those of others, whose instructions are emulated."""
-    target = TARGETS[request.param]
-    if target is None:
-        yield
-        return
-    if request.param == instruction_set():
-        pytest.skip("it is this machine's own")
-    monkeypatch.setitem(build._TARGETS, request.param, target)
-    monkeypatch.setenv("SPECDEC_CPU", request.param)
-    library.cache_clear()
-    yield
-    monkeypatch.undo()
-    library.cache_clear()
-
+pytestmark = pytest.mark.usefixtures("kernels")
 
 SIZES = {
     "hidden_size": 96,

@@ -2,14 +2,18 @@
 
 from specdec.kernels.cpu.blocked import BlockedWeight
 from specdec.kernels.cpu.build import NotBuilt, can_run, instruction_set, library
+from specdec.kernels.cpu.growth import GrowingRoot, GrownTrees, TreeGrower
 from specdec.kernels.cpu.stack import DecoderLayer, DecoderStack, StackShape, norm, padded_rows
 
 __all__ = [
     "BlockedWeight",
     "DecoderLayer",
     "DecoderStack",
+    "GrowingRoot",
+    "GrownTrees",
     "NotBuilt",
     "StackShape",
+    "TreeGrower",
     "can_run",
     "instruction_set",
     "library",

@@ -46,8 +46,9 @@ def library() -> ctypes.CDLL:
     library.specdec_run.argtypes = [number] * 5
     library.specdec_room.argtypes = [number] * 4
     library.specdec_norm.argtypes = [number, number, number, number, number, real, number, number]
-    for function in (library.specdec_linear, library.specdec_run, library.specdec_room, library.specdec_norm):
-        function.restype = None
+    library.specdec_grow.argtypes = [number] * 2
+    for name in ("linear", "run", "room", "norm", "grow"):
+        getattr(library, f"specdec_{name}").restype = None
     return library
 
 

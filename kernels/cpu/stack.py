@@ -133,6 +133,11 @@ class DecoderStack:
         )
         self._rooms: tuple[Tensor, Tensor] = (torch.empty(0), torch.empty(0))
 
+    @property
+    def address(self) -> int:
+        """Where the structure lies that C++ knows the layers by."""
+        return ctypes.addressof(self._stack)
+
     def run(
         self,
         hidden_TD: Tensor,
@@ -177,7 +182,7 @@ class DecoderStack:
         )
         normed, wide = self._room(count)
         library().specdec_run(
-            ctypes.addressof(self._stack),
+            self.address,
             ctypes.addressof(step),
             rows_TD.data_ptr(),
             normed.data_ptr(),
@@ -187,7 +192,7 @@ class DecoderStack:
 
     def _room(self, count: int) -> tuple[Tensor, Tensor]:
         normed, wide = ctypes.c_int64(), ctypes.c_int64()
-        library().specdec_room(ctypes.addressof(self._stack), count, ctypes.addressof(normed), ctypes.addressof(wide))
+        library().specdec_room(self.address, count, ctypes.addressof(normed), ctypes.addressof(wide))
         if self._rooms[0].numel() < normed.value or self._rooms[1].numel() < wide.value:
             self._rooms = (
                 torch.empty(normed.value, dtype=torch.bfloat16),

@@ -188,9 +188,9 @@ static inline __m512i permute16(__m512i a, __m512i which, __m512i b) {
 
 namespace emulated {
 
-alignas(64) static thread_local float tiles[8][16][16];
+alignas(64) inline thread_local float tiles[8][16][16];
 // Whether the tiles may be used, as by what the thread configured.
-static thread_local uint8_t configured = 0;
+inline thread_local uint8_t configured = 0;
 
 static inline float bf16(uint16_t bits) { return as<float>((uint32_t)bits << 16); }
 static inline void require_tiles() {
