@@ -141,25 +141,25 @@ MUTANTS = [
     Mutant(
         "drawn again after a mismatch",
         FOLLOW,
-        "found = is_child.any(1)",
-        "found = is_child.any(1)\n"
-        "        lost = rows[~found]\n"
-        "        again = noise.categorical(laws.at(node_B)[lost], PositionKey(depth + 100), lost)\n"
-        "        next_token_B = next_token_B.index_copy(0, lost, again)",
+        "child = _child(parents[row], tokens[row], node, token)",
+        "child = _child(parents[row], tokens[row], node, token)\n"
+        "            if child is None:\n"
+        "                again = noise.categorical(laws_BV[[row]], PositionKey(depth + 100), torch.tensor([row]))\n"
+        "                next_tokens[row] = int(again)",
         TREE,
     ),
     Mutant(
         "any child taken where the token is not in the tree",
         FOLLOW,
-        "found = is_child.any(1)",
-        "is_any = tree.parents_BN[rows] == node_B[rows][:, None]\n"
-        "        is_child = torch.where(is_child.any(1, keepdim=True), is_child, is_any)\n"
-        "        found = is_child.any(1)",
+        "child = _child(parents[row], tokens[row], node, token)",
+        "child = _child(parents[row], tokens[row], node, token)\n"
+        "            if child is None and node in parents[row]:\n"
+        "                child = parents[row].index(node)",
         TREE,
     ),
-    Mutant("law of the root at every node", FOLLOW, "laws.at(node_B)", "laws.at(torch.zeros_like(node_B))", TREE),
+    Mutant("law of the root at every node", FOLLOW, "[path[-1] for path in paths]", "[0 for path in paths]", TREE),
     Mutant("one number for all depths", FOLLOW, "PositionKey(depth)", "PositionKey(0)", TREE, "key reuse"),
-    Mutant("law of a batch mate", FOLLOW, "laws.at(node_B)[rows]", "laws.at(node_B)[: len(rows)]", TREE, "batch mates"),
+    Mutant("law of a batch mate", FOLLOW, "laws_BV[rows_R]", "laws_BV[: len(rows)]", TREE, "batch mates"),
     Mutant(
         "keyed by depth, not by position",
         "specdec.noise:CounterNoise.keys",

@@ -64,6 +64,7 @@ class PagedModel:
         self.hidden_size: int = config.hidden_size
         self.max_positions = _position_limit(config)
         self.numerics = "fast"
+        self._some_weight = next(model.parameters())
         self._decoder: FastDecoder | None = None
         self._takes_rows = "logits_to_keep" in inspect.signature(type(model).forward).parameters
         try:
@@ -122,7 +123,8 @@ class PagedModel:
 
     @property
     def device(self) -> torch.device:
-        return self.model.device
+        # Not the model's own answer: it goes through all modules to find a parameter, which every step would pay for.
+        return self._some_weight.device
 
     @property
     def dtype(self) -> torch.dtype:

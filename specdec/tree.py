@@ -6,7 +6,9 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from specdec.draws import DrawKind as DrawKind
@@ -59,6 +61,10 @@ class TokenTree:
     @cached_property
     def ancestors_BNN(self) -> Tensor:
         """`[b, n, m]` is True iff m is n or one of its ancestors; rows of padding are all False."""
+        if self.max_nodes == 1:
+            return torch.ones(self.batch_size, 1, 1, dtype=torch.bool, device=self.device)
+        if self.device.type == "cpu":
+            return torch.from_numpy(_ancestors(self.parents_BN.numpy(), self.is_node_BN.numpy()))
         ancestors = torch.zeros(*self.tokens_BN.shape, self.max_nodes, dtype=torch.bool, device=self.device)
         node = torch.where(self.is_node_BN, torch.arange(self.max_nodes, device=self.device), -1)
         while bool((node >= 0).any()):
@@ -71,6 +77,8 @@ class TokenTree:
     @cached_property
     def depth_BN(self) -> Tensor:
         """Edges from the root; -1 for padding."""
+        if self.max_nodes == 1:
+            return torch.zeros_like(self.tokens_BN)
         return self.ancestors_BNN.sum(-1) - 1
 
     @cached_property
@@ -210,3 +218,16 @@ class TokenTree:
 
 def _pad(values: Tensor, width: int, fill: float) -> Tensor:
     return torch.nn.functional.pad(values, (0, width - values.shape[1]), value=fill)
+
+
+def _ancestors(parents_BN: NDArray[np.int64], is_node_BN: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """See `TokenTree.ancestors_BNN`: each node has its parent's and itself."""
+    batch, nodes = parents_BN.shape
+    ancestors = np.zeros((batch, nodes, nodes), bool)
+    rows = np.arange(batch)
+    ancestors[:, 0, 0] = is_node_BN[:, 0]
+    for node in range(1, nodes):
+        inside_B = is_node_BN[:, node]
+        ancestors[:, node] = ancestors[rows, parents_BN[:, node]] & inside_B[:, None]
+        ancestors[:, node, node] = inside_B
+    return ancestors

@@ -52,6 +52,9 @@ def check_tree(tree: TokenTree) -> None:
 
 def _check_draws(tree: TokenTree) -> None:
     drawn = tree.draws_BM >= 0
+    if _is_one_fixed_draw_each(tree):
+        _refuse_twins(tree, _twin_siblings(tree))
+        return
     astray = (tree.draws_BM < -1) | (tree.draws_BM == 0) | (tree.draws_BM >= tree.num_nodes_B[:, None])
     if bool(astray.any()):
         row, _ = _first(astray)
@@ -69,14 +72,7 @@ def _check_draws(tree: TokenTree) -> None:
         raise ValueError(f"row {row}: node {node + 1} must be reached by at least one draw")
     # Two nodes with one parent and one token, or two draws to one node, are the same token drawn twice.
     once = torch.zeros_like(count).scatter_add_(1, at, (drawn & (tree.kinds_BM != DrawKind.IID)).long())
-    twice = _twin_siblings(tree) | ((once > 0) & (count > 1))
-    if bool(twice.any()):
-        row, node = _first(twice)
-        token, parent = int(tree.tokens_BN[row, node]), int(tree.parents_BN[row, node])
-        raise ValueError(
-            f"row {row}: token {token} comes twice below node {parent}: siblings must carry distinct tokens; "
-            f"an i.i.d. duplicate is one node with several draws"
-        )
+    _refuse_twins(tree, _twin_siblings(tree) | ((once > 0) & (count > 1)))
     stochastic = drawn & (tree.kinds_BM != DrawKind.FIXED)
     if not bool(stochastic.any()):
         return
@@ -104,6 +100,25 @@ def _check_draws(tree: TokenTree) -> None:
         raise ValueError(
             f"row {int(rows[one])}: drafted token {int(tokens[one])} has probability zero under the law of node "
             f"{int(parents[one])} it claims to be drawn from"
+        )
+
+
+def _is_one_fixed_draw_each(tree: TokenTree) -> bool:
+    """Whether every drafted node was reached by one draw, without chance, in the order of the nodes: what most trees are."""
+    nodes = tree.max_nodes
+    if tree.draws_BM.shape[1] != nodes - 1:
+        return False
+    wanted = torch.where(tree.is_node_BN[:, 1:], torch.arange(1, nodes, device=tree.device), -1)
+    return bool(((tree.draws_BM == wanted) & (tree.kinds_BM == DrawKind.FIXED)).all())
+
+
+def _refuse_twins(tree: TokenTree, twice: Tensor) -> None:
+    if bool(twice.any()):
+        row, node = _first(twice)
+        token, parent = int(tree.tokens_BN[row, node]), int(tree.parents_BN[row, node])
+        raise ValueError(
+            f"row {row}: token {token} comes twice below node {parent}: siblings must carry distinct tokens; "
+            f"an i.i.d. duplicate is one node with several draws"
         )
 
 

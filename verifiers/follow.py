@@ -29,24 +29,37 @@ class Follow:
             return verdict
         # Laws that leave no choice are never written out.
         certain = laws if isinstance(laws, ModelLaws) and laws.sampling.is_argmax else None
-        rows = torch.arange(tree.batch_size, device=tree.device)
-        node_B = torch.zeros_like(rows)
-        next_token_B = torch.zeros_like(rows)
-        path = [node_B]
+        # Every token drawn is looked at on the host, so the trees are walked there. Padding has parent -1: nobody's child.
+        parents, tokens = tree.parents_BN.tolist(), tree.tokens_BN.tolist()
+        rows, paths, next_tokens = list(range(tree.batch_size)), [[0] for _ in parents], [0] * tree.batch_size
         for depth in range(tree.max_nodes):
+            rows_R = torch.tensor(rows, device=tree.device)
             if certain is not None:
-                tokens = certain.largest(node_B[rows], rows)
+                tokens_R = certain.largest(torch.tensor([paths[row][-1] for row in rows], device=tree.device), rows_R)
             else:
-                tokens = noise.categorical(laws.at(node_B)[rows], PositionKey(depth), rows)
-            next_token_B = next_token_B.index_copy(0, rows, tokens)
-            # Padding has parent -1 and is never a child, so it needs no mask.
-            is_child = (tree.parents_BN[rows] == node_B[rows][:, None]) & (tree.tokens_BN[rows] == tokens[:, None])
-            found = is_child.any(1)
-            rows = rows[found]
-            if not len(rows):
+                laws_BV = laws.at(torch.tensor([path[-1] for path in paths], device=tree.device))
+                tokens_R = noise.categorical(laws_BV[rows_R], PositionKey(depth), rows_R)
+            going = []
+            for row, token in zip(rows, tokens_R.tolist(), strict=True):
+                next_tokens[row], node = token, paths[row][-1]
+                child = _child(parents[row], tokens[row], node, token)
+                if child is not None:
+                    paths[row].append(child)
+                    going.append(row)
+            rows = going
+            if not rows:
                 break
-            child = is_child[found].int().argmax(1)
-            node_B = node_B.index_copy(0, rows, child)
-            path.append(torch.full_like(node_B, -1).index_copy(0, rows, child))
-        path_BK = torch.stack(path, 1)
-        return Acceptance(path_BK, (path_BK >= 0).sum(1) - 1, next_token_B)
+        width = max(map(len, paths))
+        return Acceptance(
+            torch.tensor([path + [-1] * (width - len(path)) for path in paths], device=tree.device),
+            torch.tensor([len(path) - 1 for path in paths], device=tree.device),
+            torch.tensor(next_tokens, device=tree.device),
+        )
+
+
+def _child(parents: list[int], tokens: list[int], node: int, token: int) -> int | None:
+    """The child of `node` that carries `token`; siblings differ."""
+    for child in range(node + 1, len(parents)):
+        if parents[child] == node and tokens[child] == token:
+            return child
+    return None
