@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import make_tiny
 from cpu_targets import kernels as kernels
+from test_tree_attention import INVARIANT, make_case, naive_attention
 from torch.nn.functional import linear
 
 from specdec.decoder import FastDecoder, NotServed
@@ -16,7 +17,7 @@ from specdec.decoder_check import check_decoder
 from specdec.drafters.growth import TopK
 from specdec.drafters.ngram import NGramDrafter
 from specdec.engine import Engine
-from specdec.kernels.cpu import BlockedWeight, DecoderStack, NotBuilt, can_run, library
+from specdec.kernels.cpu import BlockedWeight, DecoderStack, NotBuilt, can_run, library, path_attention
 from specdec.kernels.linear import Arena
 from specdec.model import PagedModel, Segment
 from specdec.pages import PagePool, PageTable
@@ -203,6 +204,16 @@ def test_products_are_those_of_float32(outputs: int, inputs: int, has_bias: bool
     for row in range(rows):
         assert torch.equal(packed.multiply(x[row : row + 1])[0], found[row])
     assert torch.equal(packed.multiply(x[None]), found[None])
+
+
+@pytest.mark.parametrize("options", [{}, {"window": 5}, {"window": 3, "sinks_H": torch.linspace(-2, 3, 6)}], ids=str)
+@pytest.mark.parametrize("shape", [(6, 2, 16, 16), (6, 6, 24, 24), (6, 1, 64, 64), (6, 3, 44, 44)])
+def test_attention_is_that_of_float32(shape: tuple[int, ...], options: dict) -> None:
+    case = make_case(shape, INVARIANT, False, torch.bfloat16, seed=6)
+    chosen = {"window": None, "sinks_H": None} | options
+    found = path_attention(case.query_THE, case.keys_SGE, case.values_SGE, case.plan.sequences, 0.25, **chosen)
+    wanted = naive_attention(case, 0.25, **options)
+    torch.testing.assert_close(found.double(), wanted.double(), rtol=2**-7, atol=2**-7)
 
 
 def test_an_arena_hands_out_what_it_has() -> None:

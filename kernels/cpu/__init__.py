@@ -1,5 +1,6 @@
 """Linear layers and stacks of decoder layers in bfloat16, in C++ for the vectors or tiles that a CPU has."""
 
+from specdec.kernels.cpu.attention import path_attention
 from specdec.kernels.cpu.blocked import BlockedWeight
 from specdec.kernels.cpu.build import NotBuilt, can_run, instruction_set, library
 from specdec.kernels.cpu.growth import GrowingRoot, GrownTrees, TreeGrower
@@ -19,4 +20,5 @@ __all__ = [
     "library",
     "norm",
     "padded_rows",
+    "path_attention",
 ]

@@ -34,10 +34,10 @@ static inline void transpose(__m512i v[16]) {
 }
 
 // One block of 16 rows of one sequence and group.
-class Block : BlockOfRows {
+class BlockByTiles : BlockOfRows {
  public:
   // `queries` and `out` are rows of the packed forward, `keys` and `values` one layer of the cache.
-  Block(const Sequence& sequence, const Heads& heads, long group, long first_row)
+  BlockByTiles(const Sequence& sequence, const Heads& heads, long group, long first_row)
       : BlockOfRows(sequence, heads, group, first_row) {
     shared_ = sequence.tail_mask ? sequence.visible_len / TILE * TILE : sequence.num_keys;
     lasts_ = _mm512_load_si512(last_);

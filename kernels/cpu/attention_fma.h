@@ -1,42 +1,61 @@
 // Attention over pages by fused multiply-adds in float32: 16 rows (queries times the heads of a group) at a time, keys in the
-// order of positions along each query's own path. A row's bits depend on its own path alone.
+// order of positions along each query's own path. A row's bits depend on its own path alone. Heads of any size.
 #pragma once
+#include <type_traits>
+
 #include "sequence.h"
 
+// 32 numbers, or the `count` that are left of a head, zeros behind them.
+static inline void load_pairs(const bf16* from, long count, Floats& even, Floats& odd) {
+  if (count >= 32) return load_pairs(from, even, odd);
+  alignas(64) bf16 some[32] = {};
+  std::memcpy(some, from, count * sizeof(bf16));
+  load_pairs(some, even, odd);
+}
+
+static inline void store_pairs(bf16* to, long count, Floats even, Floats odd) {
+  if (count >= 32) return store_pairs(to, even, odd);
+  alignas(64) bf16 some[32];
+  store_pairs(some, even, odd);
+  std::memcpy(to, some, count * sizeof(bf16));
+}
+
 // One block of 16 rows of one sequence and group.
-class Block : BlockOfRows {
+class BlockByFma : BlockOfRows {
  public:
   // `queries` and `out` are rows of the packed forward, `keys` and `values` one layer of the cache.
-  Block(const Sequence& sequence, const Heads& heads, long group, long first_row)
+  BlockByFma(const Sequence& sequence, const Heads& heads, long group, long first_row)
       : BlockOfRows(sequence, heads, group, first_row) {
     shared_ = sequence.tail_mask ? sequence.visible_len : longest_;
     width_ = (longest_ + 15) / 16 * 16;
+    padded_ = (heads.size + 31) / 32 * 32;
   }
 
   void run(const bf16* queries, long query_stride, const bf16* keys, const bf16* values, bf16* out, long out_stride) {
     static thread_local Scratch scores_memory, queries_memory, results_memory, path_memory;
     scores_ = (float*)scores_memory.get(ROWS * width_ * sizeof(float));
-    queries_ = (float*)queries_memory.get(ROWS * heads_.size * sizeof(float));
-    results_ = (float*)results_memory.get(ROWS * heads_.size * sizeof(float));
+    queries_ = (float*)queries_memory.get(ROWS * padded_ * sizeof(float));
+    results_ = (float*)results_memory.get(ROWS * padded_ * sizeof(float));
     path_ = (int64_t*)path_memory.get((longest_ + 1) * sizeof(int64_t));
     for (long r = 0; r < count_; ++r)
       for (long e = 0; e < heads_.size; e += 32) {
         Floats even, odd;
-        load_pairs(queries + place_of(r, query_stride) + e, even, odd);
-        store_floats(queries_ + r * heads_.size + e, even);
-        store_floats(queries_ + r * heads_.size + e + 16, odd);
+        load_pairs(queries + place_of(r, query_stride) + e, heads_.size - e, even, odd);
+        store_floats(queries_ + r * padded_ + e, even);
+        store_floats(queries_ + r * padded_ + e + 16, odd);
       }
     for (long p = 0; p < shared_; ++p) path_[p] = sequence_.slot(p);
     each_piece([&](long row, long rows, long from, long to) { score(keys, row, rows, from, to); });
     float sums[ROWS];
     for (long r = 0; r < count_; ++r) sums[r] = exponentiate(r);
-    std::memset(results_, 0, count_ * heads_.size * sizeof(float));
+    std::memset(results_, 0, count_ * padded_ * sizeof(float));
     each_piece([&](long row, long rows, long from, long to) { gather(values, row, rows, from, to); });
     for (long r = 0; r < count_; ++r)
       for (long e = 0; e < heads_.size; e += 32) {
-        const float* from = results_ + r * heads_.size + e;
+        const float* from = results_ + r * padded_ + e;
         const Floats total = all(sums[r]);
-        store_pairs(out + place_of(r, out_stride) + e, load_floats(from) / total, load_floats(from + 16) / total);
+        store_pairs(out + place_of(r, out_stride) + e, heads_.size - e, load_floats(from) / total,
+                    load_floats(from + 16) / total);
       }
   }
 
@@ -73,7 +92,7 @@ class Block : BlockOfRows {
   void score(const bf16* keys, long row, long rows, long from, long to) {
     in_pieces<SUMS < 12 ? 4 : 8>(row, rows, [&](long first, auto number) {
       constexpr long NUM = decltype(number)::value;
-      const long size = heads_.size;
+      const long size = padded_;
       for (long p = from; p < to; ++p) {
         const bf16* key = at(keys, p);
         Floats kept[NUM];
@@ -81,7 +100,7 @@ class Block : BlockOfRows {
         for (long r = 0; r < NUM; ++r) kept[r] = all(0.0f);
         for (long e = 0; e < size; e += 32) {
           Floats even, odd;
-          load_pairs(key + e, even, odd);
+          load_pairs(key + e, heads_.size - e, even, odd);
           const float* query = queries_ + first * size + e;
 #pragma GCC unroll 16
           for (long r = 0; r < NUM; ++r) {
@@ -103,13 +122,15 @@ class Block : BlockOfRows {
     for (long p = end; p < width_; ++p) scores[p] = -INFINITY;
     Floats best = all(-INFINITY), sums = all(0.0f);
     for (long p = 0; p < width_; p += 16) best = larger(best, load_floats(scores + p));
-    const Floats bound = all(largest(best));
+    const float sink = heads_.sinks ? heads_.sinks[head_of(row)] : -INFINITY;
+    const float most = std::fmax(largest(best), sink);
+    const Floats bound = all(most);
     for (long p = 0; p < width_; p += 16) {
       const Floats weights = exponential(load_floats(scores + p) - bound);
       store_floats(scores + p, weights);
       sums = sums + weights;
     }
-    return sum(sums);
+    return sum(sums) + (heads_.sinks ? std::exp(sink - most) : 0.0f);
   }
 
   // Adds the values at some positions to what the rows have.
@@ -117,17 +138,17 @@ class Block : BlockOfRows {
     in_pieces<SUMS < 12 ? 2 : 8>(row, rows, [&](long first, auto number) {
       constexpr long NUM = decltype(number)::value;
       for (long e = 0; e < heads_.size; e += 32) {
-        float* results = results_ + first * heads_.size + e;
+        float* results = results_ + first * padded_ + e;
         Floats even[NUM], odd[NUM];
 #pragma GCC unroll 8
         for (long r = 0; r < NUM; ++r) {
-          even[r] = load_floats(results + r * heads_.size);
-          odd[r] = load_floats(results + r * heads_.size + 16);
+          even[r] = load_floats(results + r * padded_);
+          odd[r] = load_floats(results + r * padded_ + 16);
         }
         const float* weights = scores_ + first * width_;
         for (long p = from; p < to; ++p) {
           Floats a, b;
-          load_pairs(at(values, p) + e, a, b);
+          load_pairs(at(values, p) + e, heads_.size - e, a, b);
 #pragma GCC unroll 8
           for (long r = 0; r < NUM; ++r) {
             const Floats weight = all(weights[r * width_ + p]);
@@ -137,14 +158,15 @@ class Block : BlockOfRows {
         }
 #pragma GCC unroll 8
         for (long r = 0; r < NUM; ++r) {
-          store_floats(results + r * heads_.size, even[r]);
-          store_floats(results + r * heads_.size + 16, odd[r]);
+          store_floats(results + r * padded_, even[r]);
+          store_floats(results + r * padded_ + 16, odd[r]);
         }
       }
     });
   }
 
-  long shared_, width_;
+  // Positions before the tree; scores of a row, and numbers of a head, up to a multiple of 16 and 32.
+  long shared_, width_, padded_;
   float *scores_ = nullptr, *queries_ = nullptr, *results_ = nullptr;
   int64_t* path_ = nullptr;
 };

@@ -46,8 +46,9 @@ def library() -> ctypes.CDLL:
     library.specdec_run.argtypes = [number] * 5
     library.specdec_room.argtypes = [number] * 4
     library.specdec_norm.argtypes = [number, number, number, number, number, real, number, number]
+    library.specdec_attend.argtypes = [number] * 8
     library.specdec_grow.argtypes = [number] * 2
-    for name in ("linear", "run", "room", "norm", "grow"):
+    for name in ("linear", "run", "room", "norm", "attend", "grow"):
         getattr(library, f"specdec_{name}").restype = None
     return library
 

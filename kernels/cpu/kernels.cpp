@@ -37,6 +37,17 @@ void specdec_run(const Stack* stack, const Step* step, bf16* x, bf16* normed, bf
   }
 }
 
+// Attention of packed queries [tokens, heads, size] over one layer of the cache.
+void specdec_attend(const Sequence* sequences, int64_t count, const Heads* heads, const bf16* queries, const bf16* keys,
+                    const bf16* values, bf16* out, int64_t num_threads) {
+  const long stride = heads->num_heads * heads->size;
+#pragma omp parallel num_threads(num_threads)
+  {
+    Tiles tiles;
+    attend(sequences, count, *heads, queries, stride, keys, values, out, stride);
+  }
+}
+
 // norm(x[rows[i]]) to row i of `to`, which are `stride` apart; `rows` null: all of them.
 void specdec_norm(const bf16* x, const int64_t* rows, int64_t count, const bf16* weight, int64_t size, float eps, bf16* to,
                   int64_t stride) {

@@ -1,7 +1,5 @@
 // What attention is told of each sequence and of the heads.
 #pragma once
-#include <type_traits>
-
 #include "simd.h"
 
 struct Sequence {
@@ -19,6 +17,8 @@ struct Heads {
   int64_t num_heads, num_groups, size;
   float scaling;
   int64_t window;
+  // A logit per head that takes part in the softmax and has no value; null: none.
+  const float* sinks = nullptr;
 
   long per_group() const { return num_heads / num_groups; }
 };

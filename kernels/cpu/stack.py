@@ -9,9 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from specdec.kernels.cpu.attention import described
 from specdec.kernels.cpu.blocked import BlockedWeight, WeightStruct
 from specdec.kernels.cpu.build import library
-from specdec.kernels.tree_attention import AttentionPlan, SequencePlan
+from specdec.kernels.tree_attention import AttentionPlan
 
 # Products read rows in pairs of tiles of 16.
 _ROWS = 32
@@ -73,18 +74,6 @@ class _Stack(ctypes.Structure):
         ("eps", ctypes.c_float),
         ("scaling", ctypes.c_float),
         ("layers", ctypes.c_void_p),
-    )
-
-
-class _Sequence(ctypes.Structure):
-    _fields_ = (
-        ("row", ctypes.c_int64),
-        ("num_queries", ctypes.c_int64),
-        ("visible_len", ctypes.c_int64),
-        ("num_keys", ctypes.c_int64),
-        ("slots", ctypes.c_void_p),
-        ("first_slot", ctypes.c_int64),
-        ("tail_mask", ctypes.c_void_p),
     )
 
 
@@ -159,9 +148,8 @@ class DecoderStack:
         count, size = hidden_TD.shape
         rows_TD = padded_rows(count, size)
         rows_TD[:count] = hidden_TD
-        sequences, kept = (_Sequence * len(plan.sequences))(), [positions_T.contiguous(), plan.slots_T.contiguous()]
-        for place, part in zip(sequences, plan.sequences, strict=True):
-            kept += _fill(place, part)
+        sequences, kept = described(plan.sequences)
+        kept = [positions_T.contiguous(), plan.slots_T.contiguous(), *kept]
         found = {layer: hidden_TD.new_empty(count, size) for layer in wanted}
         addresses = ctypes.c_void_p * len(self.layers)
         hidden = addresses(*(found[i].data_ptr() if i in found else None for i in range(len(self.layers))))
@@ -239,20 +227,3 @@ def _layer(layer: DecoderLayer) -> _Layer:
         layer.down.struct,
         layer.window or 0,
     )
-
-
-def _fill(place: _Sequence, part: SequencePlan) -> list[Tensor]:
-    """Describes a sequence; returns the tensors that must live as long as the description."""
-    mask, slots = part.tail_mask_QM, part.slots
-    kept = []
-    if mask is not None:
-        mask = mask.contiguous()
-        kept.append(mask)
-    if slots is not None:
-        slots = slots.contiguous()
-        kept.append(slots)
-    place.row, place.num_queries = part.row, part.num_queries
-    place.visible_len, place.num_keys = part.visible_len, part.num_keys
-    place.slots, place.first_slot = (None if slots is None else slots.data_ptr()), part.first_slot or 0
-    place.tail_mask = None if mask is None else mask.data_ptr()
-    return kept

@@ -132,9 +132,11 @@ def tree_attention(
                 f"invariant attention is for keys and values of one size, not {key_cache_SGE.shape[2]} and "
                 f"{value_cache_SGE.shape[2]}"
             )
-        return tree_attention_invariant(
-            query_THE, key_cache_SGE, value_cache_SGE, plan.sequences, scaling, window, sinks_H
-        )
+        # Here, since the CPU's kernels know these plans.
+        from specdec.kernels.cpu import can_run, path_attention
+
+        attend = path_attention if can_run() else tree_attention_invariant
+        return attend(query_THE, key_cache_SGE, value_cache_SGE, plan.sequences, scaling, window, sinks_H)
     return tree_attention_reference(
         query_THE, key_cache_SGE, value_cache_SGE, plan.sequences, scaling, window, softcap, sinks_H
     )
