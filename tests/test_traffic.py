@@ -112,13 +112,16 @@ def test_a_drafter_has_the_same_keys_behind_a_shared_prefix_as_alone(system: str
 
 
 def test_a_prompt_that_many_share_is_computed_once() -> None:
-    params = SamplingParams(temperature=1.0, max_new_tokens=6, ignore_eos=True)
+    params = [SamplingParams(temperature=1.0, max_new_tokens=6, ignore_eos=True, seed=seed) for seed in range(8)]
     for system in ("plain", "small", "eagle", "medusa", "union"):
         engine = SYSTEMS[system].engine(page_size=4, prefill_chunk=8, max_batch_size=8)
         engine.generate([PROMPTS[14]] * 8, params)
-        # 16 tokens before the root are four pages; the others compute at most what overlaps.
-        assert len(PROMPTS[14]) == 16 and engine.metrics.num_prefill_tokens <= 15 + 7 * 4
-        assert engine.metrics.num_prefix_tokens == 7 * (12 - getattr(engine.drafter, "overlap", 0))
+        # 16 tokens before the root are four pages; the others compute at most what overlaps. A head of a union that was not
+        # asked for a tree reads its last page later than the target, and the page is shared when it has.
+        late = 4 if system == "union" else 0
+        assert len(PROMPTS[14]) == 16 and engine.metrics.num_prefill_tokens <= 15 + 7 * 4 + late
+        shared = 7 * (12 - getattr(engine.drafter, "overlap", 0))
+        assert shared - late <= engine.metrics.num_prefix_tokens <= shared
 
 
 @pytest.mark.skipif("SPECDEC_SOAK" not in os.environ, reason="make soak runs it: ten thousand requests")
