@@ -14,8 +14,10 @@ from torch import Tensor
 
 from specdec.cost import Array, CostModel, DraftSize, TargetSize
 from specdec.drafters.choosing import Choice, Ints, Load, Options, choose, instead, keep_best
+from specdec.drafters.found import Found
 from specdec.drafters.outlook import Outcome, RequestRecord, Scores, outlook_for
 from specdec.drafters.pruning import prune, shallower
+from specdec.drafters.union import UnionDrafter
 from specdec.interfaces import Drafter, Noise, TreePolicy, Verdict
 from specdec.scheduler import Plan
 from specdec.sequence import Sequence
@@ -39,12 +41,12 @@ class _Step:
     """What `learn` must know of the step that was proposed."""
 
     sequences: list[Sequence]
-    scores: Scores | None
-    depths: list[int]
-    option: int
     load: Load
-    draft: DraftSize
-    draft_s: float
+    depths: list[int]
+    scores: Scores | None = None
+    option: int = 0
+    draft: DraftSize | None = None
+    draft_s: float = 0.0
 
 
 class AdaptiveSpeculation:
@@ -53,12 +55,17 @@ class AdaptiveSpeculation:
     Before drafting each row gets a depth (0: it decodes plainly) and drawn trees a width; FIXED trees are pruned once more
     after drafting, jointly over the batch (as the confidence trees of EAGLE-2, with the price of a node in place of their
     total). Choices rest on the past alone, on this step's draft only where it holds nothing drawn, so every law is kept.
-    `explore` is the share of time that may be spent to look at what seems not to pay. `accepts` is the rule's. As long as
-    nothing pays, plain steps of the same sequences follow without a choice: one, then three, then `_LONGEST_REST` each time.
+    `explore` is the share of time that may be spent to look at what seems not to pay. `accepts` is the rule's.
+
+    As long as nothing pays, steps of much the same sequences follow without a choice: one, then three, then seven, up to
+    `_LONGEST_REST` each time. Of a union those drafters that need no model are asked even then, for that is as good as free:
+    what they find is verified as far as it pays by itself, and where there is a choice it says whether to ask the others too.
     """
 
     _KINDS = ("wake", "deepen", "plain")
-    _LONGEST_REST = 7
+    _LONGEST_REST = 31
+    # What a drafter must read before it drafts serves the drafts to come: its price is spread over so many steps.
+    _HORIZON = 16
 
     def __init__(
         self,
@@ -76,9 +83,11 @@ class AdaptiveSpeculation:
         self._device, self._explore, self._clock = device, explore, clock
         # Unknown until the first step has taken its time: a step's worth of looking elsewhere is granted to begin with.
         self._savings: dict[str, float] = {}
+        # What the cheapest look was last expected to cost.
+        self._awaited: dict[str, float] = {}
         self._last: _Step | None = None
         # Whose steps go on without a choice, how many still do, and how many did the last time.
-        self._resting: list[Sequence] = []
+        self._resting: set[Sequence] = set()
         self._rest = self._last_rest = 0
         share = (policy.max_expanded - 1) / max(policy.max_depth - 1, 1)
         levels = np.arange(policy.max_depth + 1)
@@ -90,35 +99,60 @@ class AdaptiveSpeculation:
         if policy is not self._policy:
             raise ValueError("adaptive speculation was set up for another policy: make one for each engine")
         sequences, load = step.drafting, _load(step)
-        if self._rest and sequences == self._resting:
+        found = Found(drafter, sequences, policy, noise) if isinstance(drafter, UnionDrafter) else None
+        ready, choice = None if found is None else found.scores, None
+        if self._rest and self._knows(sequences):
             self._rest -= 1
-            return self._plain(sequences, load)
-        records = [self._records.setdefault(one, RequestRecord()) for one in sequences]
-        options = self._options(sequences, records, drafter)
-        slept = [len(one.token_ids) - record.drafted_len for one, record in zip(sequences, records, strict=True)]
-        choice = self._look_elsewhere(options, load, choose(options, load, self.costs), np.array(slept, dtype=float))
-        if not choice.depths_B.any():
-            before = self._last_rest if sequences == self._resting else 0
-            self._rest = self._last_rest = min(2 * before + 1, self._LONGEST_REST)
-            self._resting = list(sequences)
-            return self._plain(sequences, load)
-        self._resting, self._rest, self._last_rest = [], 0, 0
-        depths: list[int] = choice.depths_B.tolist()
+        else:
+            choice = self._choose(sequences, drafter, load, ready)
+        if choice is None and ready is None:
+            self._last = _Step(sequences, load, [0] * len(sequences))
+            self.counts.num_rows += len(sequences)
+            return TokenTree.roots(torch.tensor([one.root for one in sequences], device=self._device))
+        depths: list[int] = [0] * len(sequences) if choice is None else choice.depths_B.tolist()
+        scores: Scores | None
         start = self._clock()
-        scores, tree = self._draft(sequences, records, depths, choice, load, drafter, noise)
+        size = self._draft_size(sequences, drafter, depths)
+        if found is not None:
+            rate = None if choice is None else choice.rate
+            scores, tree = found.drafted(depths, lambda probs_BN: keep_best(probs_BN, load, self.costs, rate))
+        else:
+            assert choice is not None, "without a choice only what is there already is verified"
+            scores, tree = self._draft(sequences, depths, choice, load, drafter, noise)
         seconds = self._clock() - start
-        caught_up = float(options.caught_up_B[choice.depths_B > 0].sum())
-        size = DraftSize(max(depths), round(float(self._expanded_D[choice.depths_B].sum())), round(caught_up))
-        for one, record, depth in zip(sequences, records, depths, strict=True):
-            record.drafted_len = len(one.token_ids) if depth else record.drafted_len
-        self._last = _Step(sequences, scores, depths, choice.option, load, size, seconds)
+        for one, depth in zip(sequences, depths, strict=True):
+            if depth:
+                self._records[one].drafted_len = len(one.token_ids)
+        option, draft_s = (0, 0.0) if choice is None else (choice.option, seconds)
+        self._last = _Step(sequences, load, depths, scores, option, size, draft_s)
         self._count(depths, scores, tree)
         return tree
 
-    def _plain(self, sequences: list[Sequence], load: Load) -> TokenTree:
-        self._last = _Step(sequences, None, [0] * len(sequences), 0, load, DraftSize(0, 0), 0.0)
-        self.counts.num_rows += len(sequences)
-        return TokenTree.roots(torch.tensor([one.root for one in sequences], device=self._device))
+    def _knows(self, sequences: list[Sequence]) -> bool:
+        """Whether these are those that rest, but for less than a quarter: where many come and go, each would end all rest."""
+        num_known = sum(one in self._resting for one in sequences)
+        return 4 * (max(len(sequences), len(self._resting)) - num_known) < len(self._resting)
+
+    def _choose(self, sequences: list[Sequence], drafter: Drafter, load: Load, ready: Scores | None) -> Choice | None:
+        """What to draft; None where that is nothing, and then the next steps rest."""
+        records = [self._records.setdefault(one, RequestRecord()) for one in sequences]
+        options = self._options(sequences, records, drafter, ready)
+        slept = [len(one.token_ids) - record.drafted_len for one, record in zip(sequences, records, strict=True)]
+        choice = self._look_elsewhere(options, load, choose(options, load, self.costs), np.array(slept, dtype=float))
+        if choice.depths_B.any():
+            self._rest = self._last_rest = 0
+            return choice
+        before = self._last_rest if self._knows(sequences) else 0
+        self._rest = self._last_rest = min(2 * before + 1, self._LONGEST_REST)
+        self._resting = set(sequences)
+        return None
+
+    def _draft_size(self, sequences: list[Sequence], drafter: Drafter, depths: list[int]) -> DraftSize | None:
+        if not any(depths):
+            return None
+        drafted = [one for one, depth in zip(sequences, depths, strict=True) if depth]
+        num_nodes = round(float(self._expanded_D[depths].sum()))
+        return DraftSize(max(depths), num_nodes, sum(num_unread(drafter, drafted)))
 
     def learn(self, step: Plan, tree: TokenTree | None, verdict: Verdict, seconds: float) -> None:
         """What became of the step and the seconds it took in all."""
@@ -130,8 +164,8 @@ class AdaptiveSpeculation:
         for kind in self._KINDS:
             earned = self._savings.get(kind, seconds) + self._explore * seconds / len(self._KINDS)
             # Saved time must not turn into a row of steps that all look elsewhere.
-            self._savings[kind] = min(earned, 2 * seconds)
-        if not any(last.depths):
+            self._savings[kind] = min(earned, max(2 * seconds, self._awaited.get(kind, 0.0)))
+        if last.draft is None:
             return
         self.costs.observe_draft(last.draft, last.draft_s)
         records = [self._records[one] for one in last.sequences]
@@ -140,14 +174,18 @@ class AdaptiveSpeculation:
         ]
         self._outlook.learn(last.scores, records, last.option, outcomes)
 
-    def _options(self, sequences: list[Sequence], records: list[RequestRecord], drafter: Drafter) -> Options:
-        gain_BDO, nodes_BDO = self._outlook.promise(records)
+    def _options(
+        self, sequences: list[Sequence], records: list[RequestRecord], drafter: Drafter, ready: Scores | None
+    ) -> Options:
+        gain_BDO, nodes_BDO = self._outlook.promise(records, ready)
+        left = [one.max_tokens - len(one.token_ids) for one in sequences]
         return Options(
             gain_BDO,
             nodes_BDO,
             self._expanded_D,
             np.array(num_unread(drafter, sequences), dtype=float),
             np.array([min(one.max_draft_depth, self._policy.max_depth) for one in sequences]),
+            1 / np.clip(left, 1, self._HORIZON),
         )
 
     def _look_elsewhere(self, options: Options, load: Load, choice: Choice, slept_B: Array) -> Choice:
@@ -157,9 +195,10 @@ class AdaptiveSpeculation:
         have become cheap.
         """
         for kind in self._KINDS:
+            self._awaited[kind] = 0.0
             for depths_B, option in self._elsewhere(kind, options, choice, slept_B):
                 other = instead(options, load, self.costs, choice, depths_B, option)
-                regret = max(choice.value - other.value, 0.0) / max(choice.rate, 1e-12)
+                regret = self._awaited[kind] = max(choice.value - other.value, 0.0) / max(choice.rate, 1e-12)
                 if regret <= self._savings.get(kind, 0.0):
                     self._savings[kind] = self._savings.get(kind, 0.0) - regret
                     self.counts.explored_s += regret
@@ -186,7 +225,6 @@ class AdaptiveSpeculation:
     def _draft(
         self,
         sequences: list[Sequence],
-        records: list[RequestRecord],
         depths: list[int],
         choice: Choice,
         load: Load,
@@ -194,7 +232,7 @@ class AdaptiveSpeculation:
         noise: Noise,
     ) -> tuple[Scores | None, TokenTree]:
         """The drafted trees as they were scored and as they are verified."""
-        scored: list[Scores] = []
+        records, scored = [self._records[one] for one in sequences], list[Scores]()
 
         def keep(tree: TokenTree) -> Tensor | None:
             scores = self._outlook.score(tree, records)
@@ -213,10 +251,12 @@ class AdaptiveSpeculation:
     def _count(self, depths: list[int], scores: Scores | None, tree: TokenTree) -> None:
         nodes = int(tree.num_nodes_B.sum()) - tree.batch_size
         self.counts.num_rows += len(depths)
-        self.counts.num_drafted += sum(depth > 0 for depth in depths)
+        has_nodes_B = np.array(depths) > 0
         self.counts.num_nodes += nodes
         if scores is not None:
+            has_nodes_B = has_nodes_B | (scores.depth_BN > 0).any(1)
             self.counts.num_pruned += int((scores.depth_BN > 0).sum()) - nodes
+        self.counts.num_drafted += int(has_nodes_B.sum())
 
 
 def num_unread(drafter: Drafter, sequences: Seq[Sequence]) -> list[int]:

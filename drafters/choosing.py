@@ -15,10 +15,10 @@ Ints = NDArray[np.int64]
 @dataclass(frozen=True)
 class Options:
     """What speculating promises each of B rows: for depth d (0: not at all) under option o the expected number of accepted
-    tokens `gain_BDO`, and of nodes to verify `nodes_BDO`, the root not counted.
+    tokens `gain_BDO`, and of nodes to verify `nodes_BDO`, the root not counted. What is drafted already is there at depth 0.
 
     `expanded_D` nodes are run to draft to depth d, `caught_up_B` final tokens first. Depths beyond `limits_B` are of no use to
-    a row.
+    a row. What is caught up with serves later drafts, too: `share_B` of it is charged to this one.
     """
 
     gain_BDO: Array
@@ -26,6 +26,12 @@ class Options:
     expanded_D: Array
     caught_up_B: Array
     limits_B: Ints
+    share_B: Array | float = 1.0
+
+    @property
+    def charged_B(self) -> Array:
+        """Of the root alone nothing is left for later."""
+        return np.minimum(self.caught_up_B, 1 + (self.caught_up_B - 1) * self.share_B)
 
 
 @dataclass(frozen=True)
@@ -64,10 +70,14 @@ def choose(options: Options, load: Load, costs: CostModel, margin: float = 0.01)
     of that order, under every cap on the depth, is then valued by its exact cost. So kinks of the cost (a forward that costs
     the same up to 16 rows) are met. The best must beat plain decoding, the empty beginning, by `margin`.
     """
+    if len(options.limits_B) == 1:
+        return _choose_one(options, load, costs, margin)
     order_OI, depth_OI, parts = _increments(options, _work(options, load, costs))
     size = options.gain_BDO.shape[1] - 1
     within_COI = depth_OI <= np.arange(1, size + 1)[:, None, None]
     gain, nodes, expanded, caught_up = (_beginnings(values * within_COI) for values in parts)
+    gain += options.gain_BDO[:, 0].sum(0)[:, None]
+    nodes += options.nodes_BDO[:, 0].sum(0)[:, None]
     levels = np.maximum.accumulate(_beginnings(depth_OI * within_COI, total=False), 2)
     draft_s = costs.draft_s(levels, expanded, caught_up)
     tokens = load.num_emitting + gain
@@ -88,8 +98,27 @@ def choose(options: Options, load: Load, costs: CostModel, margin: float = 0.01)
     return Choice(depths_B, option, float(tokens[at]), float(seconds[at]), rate)
 
 
+def _choose_one(options: Options, load: Load, costs: CostModel, margin: float) -> Choice:
+    """The same for a single row: every depth under every option is valued, and nothing has to be put in order."""
+    levels = np.arange(options.limits_B[0] + 1.0)
+    gain_DO, nodes_DO = options.gain_BDO[0, : len(levels)], options.nodes_BDO[0, : len(levels)]
+    draft_D = costs.draft_s(levels, options.expanded_D[: len(levels)], np.where(levels > 0, options.charged_B[0], 0.0))
+    tokens = load.num_emitting + gain_DO
+    bare_rows = load.num_rows - load.num_prompt
+    seconds = costs.step_s(bare_rows + nodes_DO, load.num_sequences, load.context) + draft_D[:, None]
+    rates = tokens / seconds
+    rate, plain_rate = float(rates.max()), float(rates[0, 0])
+    if load.num_prompt:
+        seconds = costs.step_s(load.num_rows + nodes_DO, load.num_sequences, load.context) + draft_D[:, None]
+    value = tokens - rate * seconds
+    depth, option = divmod(int(value.argmax()), value.shape[1])
+    if value[depth, option] - value[0, 0] <= margin * load.num_emitting:
+        depth, option, rate = 0, 0, plain_rate
+    return Choice(np.array([depth]), option, float(tokens[depth, option]), float(seconds[depth, option]), rate)
+
+
 def instead(options: Options, load: Load, costs: CostModel, choice: Choice, depths_B: Ints, option: int) -> Choice:
-    """The same step with other depths, valued at the same rate."""
+    """The same step with other depths, valued at the same rate; all that it makes of work is charged."""
     rows = np.arange(len(depths_B))
     nodes = options.nodes_BDO[rows, depths_B, option].sum()
     seconds = costs.step_s(load.num_rows + nodes, load.num_sequences, load.context)
@@ -98,9 +127,9 @@ def instead(options: Options, load: Load, costs: CostModel, choice: Choice, dept
     return Choice(depths_B, option, tokens, float(seconds), choice.rate)
 
 
-def keep_best(probs_BN: Array, load: Load, costs: CostModel, rate: float) -> NDArray[np.bool_]:
+def keep_best(probs_BN: Array, load: Load, costs: CostModel, rate: float | None) -> NDArray[np.bool_]:
     """Which drafted nodes [B, N] are worth verifying, over the whole batch, where each is accepted with `probs_BN` (0 at roots
-    and padding) and a second is worth `rate` tokens.
+    and padding) and a second is worth `rate` tokens (None: as many as the step itself brings at its best).
 
     The likeliest nodes come first, so a parent before its children, which are never likelier; how many of them is decided by
     the exact cost of every number.
@@ -109,7 +138,12 @@ def keep_best(probs_BN: Array, load: Load, costs: CostModel, rate: float) -> NDA
     order = (-flat).argsort(kind="stable")
     count = int((flat > 0).sum())
     gain = np.concatenate([[0.0], flat[order[:count]].cumsum()])
-    value = gain - rate * costs.step_s(load.num_rows + np.arange(count + 1.0), load.num_sequences, load.context)
+    counts = np.arange(count + 1.0)
+    seconds = costs.step_s(load.num_rows + counts, load.num_sequences, load.context)
+    if rate is None:
+        bare_s = costs.step_s(load.num_rows - load.num_prompt + counts, load.num_sequences, load.context)
+        rate = float(((load.num_emitting + gain) / bare_s).max())
+    value = gain - rate * seconds
     keep = np.zeros(flat.shape, dtype=bool)
     keep[order[: int(value.argmax())]] = True
     return keep.reshape(probs_BN.shape)
@@ -122,7 +156,7 @@ def _work(options: Options, load: Load, costs: CostModel) -> Array:
     first_s, node_s, token_s = costs.draft_s(np.ones(3), np.array([0.0, 1.0, 0.0]), np.array([0.0, 0.0, 1.0]))
     node_share, token_share = (min((more - first_s) / row_s, 4.0) for more in (node_s, token_s))
     work_BD = np.tile(node_share * np.diff(options.expanded_D), (len(options.limits_B), 1))
-    work_BD[:, 0] += token_share * options.caught_up_B
+    work_BD[:, 0] += token_share * options.charged_B
     return work_BD
 
 
@@ -137,7 +171,7 @@ def _increments(options: Options, work_BD: Array) -> tuple[Ints, Ints, list[Arra
     worth = np.minimum.accumulate(worth, 1)
     beyond_BD = depths_D > options.limits_B[:, None]
     order_OI = (-np.where(beyond_BD[..., None], -1.0, worth)).reshape(-1, num).T.argsort(1, kind="stable")
-    caught_up_BD = options.caught_up_B[:, None] * (depths_D == 1)
+    caught_up_BD = options.charged_B[:, None] * (depths_D == 1)
     expanded_BD = np.tile(np.diff(options.expanded_D), (batch, 1))
     each = [np.broadcast_to(one[..., None], gain_BDO.shape) for one in (expanded_BD, caught_up_BD, beyond_BD)]
     useless_IO = each.pop().reshape(-1, num)

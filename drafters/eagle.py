@@ -31,18 +31,26 @@ from specdec.sequence import Sequence
 from specdec.static_shapes import StaticInputs
 from specdec.tree import TokenTree
 
+# A view of a step's states may keep so many times its own size alive.
+_MOST_HELD = 32
+
 
 @dataclass
 class _State:
-    """How far the head has computed a sequence, and the fused features [n, D] of positions from `first` on: those that it
-    has not read yet and the last that it has, for a tree may be asked for again."""
+    """How far the head has computed a sequence, and the features [n, D] of positions from `first` on: those that it has not
+    read yet and the last that it has, for a tree may be asked for again.
+
+    The last of them lie in `hidden` as the target gave them, piece by piece, until they are read: most texts are never read
+    where drafting does not pay.
+    """
 
     num_computed: int = 0
     first: int = 0
     features: list[Tensor] = field(default_factory=list)
+    hidden: list[dict[int, Tensor]] = field(default_factory=list)
 
     def take(self, start: int, end: int) -> Tensor:
-        """Features of positions `start`..`end`-1; those before the last of them are not asked for again."""
+        """Features of positions `start`..`end`-1, all fused; those before the last of them are not asked for again."""
         if len(self.features) > 1:
             self.features = [torch.cat(self.features)]
         taken = self.features[0][start - self.first : end - self.first]
@@ -102,14 +110,11 @@ class EagleDrafter(LevelDrafter):
 
     @torch.inference_mode()
     def observe(self, commits: Seq[Commit]) -> None:
-        """Keeps the fused features and reads along; the last ones are read in `propose`, with the root."""
+        """Keeps the target's states and reads along; the last ones are read in `propose`, with the root."""
         limit = self.head.config.max_positions
         wanted = [commit for commit in commits if limit is None or commit.start < limit]
-        if not wanted:
-            return
-        fused = self._served.fuse([torch.cat([one.hidden[layer] for one in wanted]) for layer in self.feature_layers])
-        for commit, features in zip(wanted, fused.split([len(one.token_ids) for one in wanted]), strict=True):
-            self._states.setdefault(commit.sequence_id, _State()).features.append(features)
+        for commit in wanted:
+            self._states.setdefault(commit.sequence_id, _State()).hidden.append(_apart(commit.hidden))
         self._read_along(wanted)
 
     def covered(self, sequence_id: int) -> int:
@@ -122,6 +127,17 @@ class EagleDrafter(LevelDrafter):
     def forget(self, sequence_ids: Seq[int]) -> None:
         for sequence_id in sequence_ids:
             self._states.pop(sequence_id, None)
+
+    def fuse(self, states: Seq[_State]) -> None:
+        """Turns all that was kept of the target's states into the head's features, at once."""
+        pieces = [piece for state in states for piece in state.hidden]
+        if not pieces:
+            return
+        fused = self._served.fuse([torch.cat([piece[layer] for piece in pieces]) for layer in self.feature_layers])
+        sizes = [sum(len(piece[self.feature_layers[0]]) for piece in state.hidden) for state in states]
+        for state, features in zip(states, fused.split(sizes), strict=True):
+            state.features.append(features)
+            state.hidden = []
 
     @torch.inference_mode()
     def run(self, segments: Seq[Segment], features_TD: Tensor) -> Tensor:
@@ -220,6 +236,7 @@ class _EagleRound(LevelRound):
         return None if trees is None else _grown(trees, self.roots_B, self.vocab_size)
 
     def run_chunk(self, segments: list[Segment], spans: list[Span], rows_R: Tensor) -> Tensor:
+        self._eagle.fuse([self._states[span.row] for span in spans])
         features = torch.cat([self._states[span.row].take(span.start, span.end) for span in spans])
         return self._eagle.run(segments, features)[rows_R]
 
@@ -247,6 +264,14 @@ def _grown(trees: GrownTrees, roots_B: Tensor, vocab_size: int) -> Grown:
     confidence_BN = pad(trees.confidence_BN[:, :width], (1, 0), value=torch.nan)
     tree = TokenTree.from_parents(tokens_BN, parents_BN, 1 + trees.num_nodes_B, vocab_size, confidence_BN)
     return Grown(tree, expanded_BN)
+
+
+def _apart(hidden: dict[int, Tensor]) -> dict[int, Tensor]:
+    """The states as they are kept: views of a whole step's as long as most of that is wanted, else copies, so that one that
+    waits to be read does not hold on to the prompts of others."""
+    if any(states.untyped_storage().nbytes() > _MOST_HELD * states.nbytes for states in hidden.values()):
+        return {layer: states.clone() for layer, states in hidden.items()}
+    return hidden
 
 
 def check_fit(head: EagleHead, target: PagedModel) -> None:

@@ -36,10 +36,11 @@ class LevelDrafter(NetworkDrafter):
 
     They read along with the target, one of its prompt chunks behind: so a prompt of a single chunk is read together with its
     root, and a step never has more of a long one to read than the target had in a step before. Tokens that no tree was asked
-    behind are read whenever `_MOST_UNREAD` have gathered.
+    behind wait until one is: reading them costs several per cent of what the target costs, for nothing where no draft pays.
+    Only of more than `_MOST_UNREAD` the oldest are read, `_BULK` at a time, so that what waits is bounded.
     """
 
-    _MOST_UNREAD = 64
+    _MOST_UNREAD, _BULK = 512, 64
 
     def covered(self, sequence_id: int) -> int:
         raise NotImplementedError
@@ -51,13 +52,15 @@ class LevelDrafter(NetworkDrafter):
             one = commit.sequence
             if one is None:
                 continue
-            num_unread = commit.start - self.covered(one.id)
+            covered = self.covered(one.id)
+            num_unread = commit.start - covered
             # By its place, not by its nodes: those are also missing where the drafter was not asked for this tree.
-            is_due = num_unread > 0 if commit.start < one.prompt_len else num_unread >= self._MOST_UNREAD
+            in_prompt = commit.start < one.prompt_len
+            is_due = num_unread > 0 if in_prompt else num_unread >= self._MOST_UNREAD
             # The token to come takes one of the places that are left.
             if is_due and min(one.max_draft_depth - 1, self._limit(one)) > 0:
                 due.append(one)
-                ends.append(commit.start)
+                ends.append(commit.start if in_prompt else covered + self._BULK)
         if due:
             draft = self._round(due, [0] * len(due))
             assert isinstance(draft, LevelRound)

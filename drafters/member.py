@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
-from specdec.acceptance_stats import Ints, NodeRates, Offset, shifted
+from specdec.acceptance_stats import NodeRates, Offset, shifted, shifted_one
 from specdec.interfaces import Commit, Drafter, Noise, TreePolicy
 from specdec.model import PagedModel
 from specdec.pages import PagePool
@@ -21,19 +23,27 @@ class Draft:
 
     tokens: list[int]
     parents: list[int]
-    cells: Ints
+    cells: Seq[int]
     edges: list[float]
 
     @property
     def expected(self) -> float:
         """The expected number of accepted tokens, were this the tree that is verified."""
-        probs = [1.0]
-        for parent, edge in zip(self.parents[1:], self.edges[1:], strict=True):
-            probs.append(probs[parent] * edge)
-        return sum(probs[1:])
+        return sum(path_probs(self.parents, self.edges)[1:])
 
     def children(self, node: int) -> list[int]:
         return [child for child, parent in enumerate(self.parents) if parent == node]
+
+
+@runtime_checkable
+class ReadyMade(Protocol):
+    """A drafter that needs no model: its trees cost next to nothing beside any forward."""
+
+    def ready(
+        self, sequences: Seq[Sequence], policy: TreePolicy
+    ) -> list[tuple[list[int], list[int], list[float]]] | None:
+        """Tokens, parents and confidence of each sequence's tree of FIXED nodes, root first; None where the policy draws."""
+        ...
 
 
 class Member:
@@ -47,6 +57,7 @@ class Member:
 
     def __init__(self, drafter: Drafter) -> None:
         self.drafter, self._rates = drafter, NodeRates()
+        self._ready = drafter if isinstance(drafter, ReadyMade) else None
         self._offsets: dict[int, Offset] = {}
         self.drafts: dict[int, Draft] = {}
 
@@ -59,18 +70,40 @@ class Member:
 
     def propose(self, sequences: Seq[Sequence], policy: TreePolicy, noise: Noise) -> list[Draft]:
         """Its own tree for each sequence, all nodes FIXED."""
+        ready = None if self._ready is None else self._ready.ready(sequences, policy)
+        if ready is not None:
+            drafts = [self._calibrated(one.id, *tree) for one, tree in zip(sequences, ready, strict=True)]
+        else:
+            drafts = self._grown(sequences, policy, noise)
+        self.drafts.update({one.id: draft for one, draft in zip(sequences, drafts, strict=True)})
+        return drafts
+
+    def _calibrated(self, id: int, tokens: list[int], parents: list[int], confidence: list[float]) -> Draft:
+        offset = self._offsets.setdefault(id, Offset()).value
+        depths, cells, edges = [0], [0], [math.nan]
+        # Nodes of a tree share few cells.
+        known: dict[int, float] = {}
+        for parent, one in zip(parents[1:], confidence[1:], strict=True):
+            depths.append(depths[parent] + 1)
+            cell = self._rates.cell(depths[-1], one)
+            if cell not in known:
+                known[cell] = shifted_one(self._rates.rate(cell), offset)
+            cells.append(cell)
+            edges.append(known[cell])
+        return Draft(tokens, parents, cells, edges)
+
+    def _grown(self, sequences: Seq[Sequence], policy: TreePolicy, noise: Noise) -> list[Draft]:
         tree = self.drafter.propose(sequences, policy, noise)
         tokens, parents, sizes = tree.tokens_BN.tolist(), tree.parents_BN.tolist(), tree.num_nodes_B.tolist()
         confidence_BN = None if tree.confidence_BN is None else tree.confidence_BN.cpu().numpy()
         cells_BN = self._rates.cells(np.array([_depths(row) for row in parents]), confidence_BN, np.array(parents))
         offsets = [self._offsets.setdefault(one.id, Offset()).value for one in sequences]
         edges = shifted(self._rates.rates(cells_BN), np.array(offsets)[:, None]).tolist()
-        drafts = [
-            Draft(tokens[row][:size], parents[row][:size], cells_BN[row, :size], edges[row][:size])
+        cells = cells_BN.tolist()
+        return [
+            Draft(tokens[row][:size], parents[row][:size], cells[row][:size], edges[row][:size])
             for row, size in enumerate(sizes)
         ]
-        self.drafts.update({one.id: draft for one, draft in zip(sequences, drafts, strict=True)})
-        return drafts
 
     def observe(self, commits: Seq[Commit]) -> None:
         own: list[Commit] = []
@@ -78,11 +111,11 @@ class Member:
         for commit in commits:
             draft = self.drafts.pop(commit.sequence_id, None)
             if commit.nodes is None or draft is None:
-                own.append(replace(commit, nodes=None))
+                own.append(commit if commit.nodes is None else replace(commit, nodes=None))
             else:
                 own += _translated(commit, self._follow(commit, draft, cells, hits))
         if cells:
-            self._rates.observe(np.array(cells), np.array(hits))
+            self._rates.observe(cells, hits)
         self.drafter.observe(own)
 
     def forget(self, sequence_ids: Seq[int]) -> None:
@@ -99,13 +132,21 @@ class Member:
             if not children:
                 break
             right = [node for node in children if draft.tokens[node] == token]
-            cells += draft.cells[children].tolist()
+            cells += [draft.cells[node] for node in children]
             hits += [node in right for node in children]
             offset.observe(len(right) - sum(draft.edges[node] for node in children))
             if not right:
                 break
             path += right
         return path[: len(commit.token_ids)]
+
+
+def path_probs(parents: Seq[int], edges: Seq[float]) -> list[float]:
+    """The product of `edges` along each node's path; 1 at the root."""
+    probs = [1.0]
+    for parent, edge in zip(parents[1:], edges[1:], strict=True):
+        probs.append(probs[parent] * edge)
+    return probs
 
 
 def _depths(parents: list[int]) -> list[int]:

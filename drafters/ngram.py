@@ -89,8 +89,8 @@ class NGramDrafter(OffPages):
                 index.extend([*commit.token_ids, commit.next_token][len(index.tokens) - commit.start :])
 
     def propose(self, sequences: Seq[Sequence], policy: TreePolicy, noise: Noise) -> TokenTree:
-        if isinstance(policy, FixedPolicy):
-            rows = [self._merge(self._index(one), policy, one.max_draft_depth) for one in sequences]
+        rows = self.ready(sequences, policy)
+        if rows is not None:
             trees = [(tokens, parents) for tokens, parents, _ in rows]
             confidence = [confidence for _, _, confidence in rows]
             return TokenTree.from_lists(trees, self._vocab_size, confidence, self._device)
@@ -98,6 +98,14 @@ class NGramDrafter(OffPages):
         if not (isinstance(policy, GrowingPolicy) and policy.spec.is_sampled):
             raise ValueError(f"drafter ngram cannot follow the policy {type(policy).__name__}")
         return policy.grow(_NGramRound(self, sequences), noise).tree
+
+    def ready(
+        self, sequences: Seq[Sequence], policy: TreePolicy
+    ) -> list[tuple[list[int], list[int], list[float]]] | None:
+        """See `ReadyMade`."""
+        if not isinstance(policy, FixedPolicy):
+            return None
+        return [self._merge(self._index(one), policy, one.max_draft_depth) for one in sequences]
 
     def forget(self, sequence_ids: Seq[int]) -> None:
         for sequence_id in sequence_ids:

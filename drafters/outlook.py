@@ -31,15 +31,33 @@ class RequestRecord:
 
 @dataclass(frozen=True)
 class Scores:
-    """Freshly drafted FIXED trees on the host: tokens, parents and depths (-1: padding) of the nodes [B, N], where each is
-    counted, how likely it is behind its parent, and how likely it is to be accepted (0 at roots and padding)."""
+    """Freshly drafted FIXED trees on the host: tokens, parents and depths (-1: padding) of the nodes [B, N], how likely each is
+    behind its parent, and how likely it is to be accepted (0 at roots and padding); where each is counted (None: whoever
+    drafted them counts for himself)."""
 
     tokens_BN: Ints
     parents_BN: Ints
     depth_BN: Ints
-    cells_BN: Ints
     edge_BN: Array
     probs_BN: Array
+    cells_BN: Ints | None = None
+
+    @staticmethod
+    def of_lists(rows: Seq[tuple[list[int], list[int], list[float]]]) -> Scores:
+        """Of ragged lists of tokens, parents and likelihoods behind the parent."""
+        width = max(len(tokens) for tokens, _, _ in rows)
+        shape = (len(rows), width)
+        tokens_BN, parents_BN, depth_BN = (np.full(shape, -1) for _ in range(3))
+        edge_BN, probs_BN = np.zeros((2, *shape))
+        for row, (tokens, parents, edges) in enumerate(rows):
+            size, depths, probs = len(tokens), [0], [1.0]
+            for parent, edge in zip(parents[1:], edges[1:], strict=True):
+                depths.append(depths[parent] + 1)
+                probs.append(probs[parent] * edge)
+            probs[0] = 0.0
+            tokens_BN[row, :size], parents_BN[row, :size], depth_BN[row, :size] = tokens, parents, depths
+            edge_BN[row, :size], probs_BN[row, :size] = edges, probs
+        return Scores(tokens_BN, parents_BN, depth_BN, edge_BN, probs_BN)
 
 
 @dataclass(frozen=True)
@@ -57,8 +75,9 @@ class Outlook(Protocol):
 
     policies: list[TreePolicy]
 
-    def promise(self, records: Seq[RequestRecord]) -> tuple[Array, Array]:
-        """Expected accepted tokens and nodes to verify, [B, D + 1, O]: depth d under option o."""
+    def promise(self, records: Seq[RequestRecord], ready: Scores | None = None) -> tuple[Array, Array]:
+        """Expected accepted tokens and nodes to verify, [B, D + 1, O]: depth d under option o; `ready` are trees that are there
+        whatever is drafted."""
         ...
 
     def score(self, tree: TokenTree, records: Seq[RequestRecord]) -> Scores | None:
@@ -92,19 +111,21 @@ class FixedOutlook:
         for depth in range(int((at < len(self._price_O)).sum())):
             self._profile_2DP[:, depth, at[depth]] = 1.0, probs[depth]
 
-    def promise(self, records: Seq[RequestRecord]) -> tuple[Array, Array]:
+    def promise(self, records: Seq[RequestRecord], ready: Scores | None = None) -> tuple[Array, Array]:
         seen_BD, own_B2DP = self._own(records)
         weight_BD = seen_BD / (seen_BD + self._NEW)
         shared_D = np.maximum(self._profile_2DP[1].sum(1), 1e-6)
         own_BD = own_B2DP[:, 1].sum(2)
-        before_B = np.ones(len(records))
-        prior_BD = np.empty_like(own_BD)
-        for depth, shared in enumerate(shared_D):
-            # A request that did better than others one level up is expected to do so here.
-            prior_BD[:, depth] = (1 - weight_BD[:, depth]) * np.minimum(before_B, 2.0)
-            before_B = weight_BD[:, depth] * own_BD[:, depth] / shared + prior_BD[:, depth]
+        prior_BD = np.array(
+            [self._prior(*row) for row in zip(weight_BD.tolist(), (own_BD / shared_D).tolist(), strict=True)]
+        )
         totals = weight_BD[:, None, :, None] * own_B2DP + prior_BD[:, None, :, None] * self._profile_2DP
         nodes, gain = np.moveaxis(_from_nothing(totals.cumsum(3).cumsum(2), 2), 1, 0)
+        if ready is not None:
+            # Drafters often agree, so what is there counts where it is the better part, and never on top.
+            ready_gain, ready_nodes = (one[:, None] for one in self._worth(ready))
+            nodes = np.where(gain > ready_gain, nodes, ready_nodes)
+            gain = np.maximum(gain, ready_gain)
         return gain, nodes
 
     def score(self, tree: TokenTree, records: Seq[RequestRecord]) -> Scores:
@@ -113,19 +134,36 @@ class FixedOutlook:
         cells_BN = self.rates.cells(depth_BN, confidence_BN, parents_BN)
         offsets_B = np.array([one.offset.value for one in records])
         edge_BN = shifted(self.rates.rates(cells_BN), offsets_B[:, None])
-        return Scores(tokens_BN, parents_BN, depth_BN, cells_BN, edge_BN, _accepted(parents_BN, depth_BN, edge_BN))
+        return Scores(tokens_BN, parents_BN, depth_BN, edge_BN, _accepted(parents_BN, depth_BN, edge_BN), cells_BN)
 
     def learn(self, scores: Scores | None, records: Seq[RequestRecord], option: int, outcomes: Seq[Outcome]) -> None:
         assert scores is not None
         self._note_profile(scores, records, [one.depth for one in outcomes])
+        if scores.cells_BN is None:
+            return
         reached_BN, hit_BN = follow(scores, [one.emitted if one.depth else () for one in outcomes])
-        self.rates.observe(scores.cells_BN[reached_BN], hit_BN[reached_BN])
+        self.rates.observe(scores.cells_BN[reached_BN].tolist(), hit_BN[reached_BN].tolist())
         surprise_BN = (hit_BN - scores.edge_BN) * reached_BN
         depths_BN = scores.depth_BN * reached_BN
         for depth in range(1, int(depths_BN.max()) + 1):
             at_BN = depths_BN == depth
             for row in at_BN.any(1).nonzero()[0]:
                 records[row].offset.observe(float(surprise_BN[row][at_BN[row]].sum()))
+
+    def _worth(self, scores: Scores) -> tuple[Array, Array]:
+        """Accepted tokens and nodes [B, O] that such trees promise under each option."""
+        is_kept_BNO = scores.probs_BN[..., None] >= self._price_O
+        return (scores.probs_BN[..., None] * is_kept_BNO).sum(1), is_kept_BNO.sum(1).astype(float)
+
+    def _prior(self, weights: list[float], ratios: list[float]) -> list[float]:
+        """How much of the profile of all requests is in what is expected of one, by depth: it is known for itself with these
+        weights and did so much better there."""
+        before, priors = 1.0, list[float]()
+        for weight, ratio in zip(weights, ratios, strict=True):
+            # A request that did better than others one level up is expected to do so here.
+            priors.append((1 - weight) * min(before, 2.0))
+            before = weight * ratio + priors[-1]
+        return priors
 
     def _own(self, records: Seq[RequestRecord]) -> tuple[Array, Array]:
         none_D, none_2DP = np.zeros_like(self._seen_D), np.zeros_like(self._profile_2DP)
@@ -181,7 +219,7 @@ class DrawnOutlook:
         self._nodes_DV = _from_nothing(nodes_DV, 0)
         self.rates = DrawRates(self._depth, int(self._widths_DV.max()))
 
-    def promise(self, records: Seq[RequestRecord]) -> tuple[Array, Array]:
+    def promise(self, records: Seq[RequestRecord], ready: Scores | None = None) -> tuple[Array, Array]:
         rates_DV = np.take_along_axis(self.rates.rates(), self._widths_DV, 1)
         offsets_B = np.array([one.offset.value for one in records])
         gain_BDV = shifted(rates_DV, offsets_B[:, None, None]).cumprod(1).cumsum(1)

@@ -81,10 +81,6 @@ class Shallower:
         pruned = prune(grown.tree, keep_BN)
         return Grown(pruned.tree, grown.expanded_BN.gather(1, pruned.origin_BN))
 
-    def unpruned(self, depths: Seq[int]) -> Shallower:
-        """The same policy, shallower still, for trees that become part of larger ones: nothing is taken out of these."""
-        return shallower(self._policy, [min(pair) for pair in zip(depths, self._depths, strict=True)])
-
 
 class ShallowerFixed(Shallower, FixedPolicy):
     """The same for policies that also admit ready-made paths."""

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence as Seq
 
-from specdec.drafters.member import Draft, Member
-from specdec.drafters.pruning import Shallower, shallower
+from specdec.drafters.member import Draft, Member, ReadyMade, path_probs
+from specdec.drafters.pruning import shallower
 from specdec.interfaces import Commit, Drafter, Noise, TreePolicy
 from specdec.model import PagedModel
 from specdec.pages import PagePool
 from specdec.sequence import Sequence
 from specdec.tree import TokenTree
+
+# Tokens, parents, and how likely each node is to be right where its parent is (root: NaN).
+Joined = tuple[list[int], list[int], list[float]]
 
 
 class UnionDrafter:
@@ -34,6 +38,7 @@ class UnionDrafter:
         if not enough > 0:
             raise ValueError(f"enough={enough} must be > 0: a share of a tree's levels")
         self.members, self._enough = [Member(one) for one in drafters], enough
+        self._num_ready = len([*itertools.takewhile(lambda one: isinstance(one, ReadyMade), drafters)])
         self.feature_layers: tuple[int, ...] = ()
         # Positions that any of them has to compute again.
         self.overlap = max(one.overlap for one in drafters)
@@ -53,25 +58,58 @@ class UnionDrafter:
             member.observe(commits)
 
     def propose(self, sequences: Seq[Sequence], policy: TreePolicy, noise: Noise) -> TokenTree:
-        check_policy(policy)
-        limits = [min(policy.max_depth, one.max_draft_depth) for one in sequences]
         drafts: list[list[Draft]] = [[] for _ in sequences]
-        wanted = limits
-        for member in self.members:
+        limits = [min(policy.max_depth, one.max_draft_depth) for one in sequences]
+        self._ask(self.members, sequences, drafts, limits, policy, noise)
+        return self.tree(self.join(sequences, drafts, policy))
+
+    def look(self, sequences: Seq[Sequence], policy: TreePolicy, noise: Noise) -> list[list[Draft]]:
+        """What the first drafters, those that need no model, have for each sequence: an answer that costs next to nothing,
+        from which it may be seen whether to ask the others."""
+        check_policy(policy)
+        drafts: list[list[Draft]] = [[] for _ in sequences]
+        for member in self.members[: self._num_ready]:
+            for found, draft in zip(drafts, member.propose(sequences, policy, noise), strict=True):
+                found.append(draft)
+        return drafts
+
+    def complete(
+        self, sequences: Seq[Sequence], drafts: list[list[Draft]], depths: Seq[int], policy: TreePolicy, noise: Noise
+    ) -> None:
+        """Adds to what `look` has found what the other drafters have, down to `depths`."""
+        self._ask(self.members[self._num_ready :], sequences, drafts, depths, policy, noise)
+
+    def join(self, sequences: Seq[Sequence], drafts: Seq[Seq[Draft]], policy: TreePolicy) -> list[Joined]:
+        """One tree for each sequence of what there is."""
+        return [
+            joined(one.root, found, policy.max_nodes, policy.spec.is_chain)
+            for one, found in zip(sequences, drafts, strict=True)
+        ]
+
+    def tree(self, rows: Seq[Joined]) -> TokenTree:
+        trees = [(tokens, parents) for tokens, parents, _ in rows]
+        return TokenTree.from_lists(trees, self._vocab_size, [edges for _, _, edges in rows], self._device)
+
+    def _ask(
+        self,
+        members: Seq[Member],
+        sequences: Seq[Sequence],
+        drafts: list[list[Draft]],
+        depths: Seq[int],
+        policy: TreePolicy,
+        noise: Noise,
+    ) -> None:
+        check_policy(policy)
+        wanted = list(depths)
+        for member in members:
             if not any(wanted):
                 break
-            for row, draft in enumerate(member.propose(sequences, _within(policy, wanted), noise)):
+            for row, draft in enumerate(member.propose(sequences, shallower(policy, wanted), noise)):
                 drafts[row].append(draft)
             wanted = [
                 0 if not limit or found[-1].expected >= self._enough * limit else limit
                 for limit, found in zip(wanted, drafts, strict=True)
             ]
-        rows = [
-            joined(one.root, found, policy.max_nodes, policy.spec.is_chain)
-            for one, found in zip(sequences, drafts, strict=True)
-        ]
-        trees = [(tokens, parents) for tokens, parents, _ in rows]
-        return TokenTree.from_lists(trees, self._vocab_size, [edges for _, _, edges in rows], self._device)
 
     def covered(self, sequence_id: int) -> int:
         return min(one.covered(sequence_id) for one in self.drafters)
@@ -99,9 +137,7 @@ def join(first: Drafter, second: Drafter, enough: float) -> UnionDrafter:
     return UnionDrafter([first, second], enough)
 
 
-def joined(
-    root: int, drafts: Seq[Draft], max_nodes: int, is_chain: bool = False
-) -> tuple[list[int], list[int], list[float]]:
+def joined(root: int, drafts: Seq[Draft], max_nodes: int, is_chain: bool = False) -> Joined:
     """Tokens, parents and probabilities behind the parent (root: NaN) of one tree from several, the likeliest nodes first;
     of equally likely ones those of the earlier drafter."""
     tokens, parents, edges = [root], [-1], [math.nan]
@@ -120,14 +156,18 @@ def joined(
             elif edge > edges[node]:
                 edges[node] = edge
             place.append(node)
-    probs = [1.0]
-    for parent, edge in zip(parents[1:], edges[1:], strict=True):
-        probs.append(probs[parent] * edge)
+    probs = path_probs(parents, edges)
     if is_chain:
         kept = _best_path(parents, probs)
     else:
         # A child is at most as likely as its parent and stands behind it, so a stable sort keeps it with its parent.
         kept = [0, *sorted(range(1, len(tokens)), key=probs.__getitem__, reverse=True)[: max_nodes - 1]]
+    return part((tokens, parents, edges), kept)
+
+
+def part(tree: Joined, kept: Seq[int]) -> Joined:
+    """The tree of the `kept` nodes, the root first and parents before their children."""
+    tokens, parents, edges = tree
     number = {node: i for i, node in enumerate(kept)}
     kept_parents = [-1, *(number[parents[node]] for node in kept[1:])]
     return [tokens[node] for node in kept], kept_parents, [edges[node] for node in kept]
@@ -142,8 +182,3 @@ def _best_path(parents: list[int], probs: list[float]) -> list[int]:
     while path[-1]:
         path.append(parents[path[-1]])
     return path[::-1]
-
-
-def _within(policy: TreePolicy, depths: Seq[int]) -> TreePolicy:
-    """The policy for a part of the tree, of `depths` at most; what is pruned is settled once all parts are there."""
-    return policy.unpruned(depths) if isinstance(policy, Shallower) else shallower(policy, depths)

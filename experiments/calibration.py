@@ -18,7 +18,9 @@ from rich.console import Console
 
 from specdec.cost import CostModel, DraftCost, DraftSize, TargetCost, TargetSize
 from specdec.drafters.adaptive import num_unread
+from specdec.drafters.found import Found
 from specdec.drafters.pruning import shallower
+from specdec.drafters.union import UnionDrafter
 from specdec.engine import Engine
 from specdec.interfaces import Drafter, Noise, TreePolicy, Verdict
 from specdec.model import PagedModel
@@ -144,9 +146,14 @@ class _Probe:
         depth = next(self._depths)
         if not depth:
             return False
-        unread = num_unread(drafter, sequences)
+        unread, depths = num_unread(drafter, sequences), [depth] * len(sequences)
+        found = Found(drafter, sequences, self._policy, noise) if isinstance(drafter, UnionDrafter) else None
+        # What a union has at once is there in every step, drafted or not.
         start = time.perf_counter()
-        tree = drafter.propose(sequences, shallower(self._policy, [depth] * len(sequences)), noise)
+        if found is not None:
+            _, tree = found.drafted(depths, lambda probs_BN: probs_BN > 0)
+        else:
+            tree = drafter.propose(sequences, shallower(self._policy, depths), noise)
         # On an accelerator the draft is done when its size is known.
         tree.num_nodes_B.tolist()
         seconds = time.perf_counter() - start

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import math
+from collections.abc import Sequence as Seq
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -9,7 +13,7 @@ from specdec.cost import Array
 
 Ints = NDArray[np.int64]
 # Below and above, a probability says no more than that something is hopeless or certain.
-_LIMIT = 5.0
+_LIMIT, _EDGE = 5.0, 1e-4
 
 
 class NodeRates:
@@ -25,10 +29,12 @@ class NodeRates:
 
     def __init__(self, strength: float = 6.0, memory: float = 1000.0) -> None:
         self._strength, self._memory = strength, memory
-        centers = sigmoid(np.linspace(-_LIMIT, _LIMIT, self.NUM_BINS))
-        self._prior_C = np.array([*centers, *self._BY_RANK])
-        self._hits_DC, self._trials_DC = np.zeros((2, self.NUM_DEPTHS, len(self._prior_C)))
-        self._rates = self._estimate()
+        centers = sigmoid(np.linspace(-_LIMIT, _LIMIT, self.NUM_BINS)).tolist()
+        self._prior_C: list[float] = [*centers, *self._BY_RANK]
+        self._width = len(self._prior_C)
+        # Host lists: a step touches a few cells, for which arrays cost more than they save.
+        self._hits, self._trials = ([0.0] * (self.NUM_DEPTHS * self._width) for _ in range(2))
+        self._rates = self._prior_C * self.NUM_DEPTHS
 
     def cells(self, depth_BN: Ints, confidence_BN: Array | None, parents_BN: Ints) -> Ints:
         """Where each node [B, N] is counted; anything at roots and padding. No confidence: that of every node is unknown."""
@@ -42,26 +48,33 @@ class NodeRates:
             rank = np.minimum(np.tril(same, -1).sum(2), len(self._BY_RANK) - 1)
             bins = np.where(unknown, self.NUM_BINS + rank, bins)
         level = np.clip(depth_BN - 1, 0, self.NUM_DEPTHS - 1)
-        return level * len(self._prior_C) + np.nan_to_num(bins).astype(np.int64)
+        return level * self._width + np.nan_to_num(bins).astype(np.int64)
+
+    def cell(self, depth: int, confidence: float) -> int:
+        """Where one node behind the root is counted whose confidence is known."""
+        return (min(depth, self.NUM_DEPTHS) - 1) * self._width + _bin(confidence, self.NUM_BINS)
 
     def rates(self, cells_BN: Ints) -> Array:
         """The estimated probability [B, N]."""
-        return self._rates[cells_BN]
+        return np.array(self._rates)[cells_BN]
 
-    def observe(self, cells_R: Ints, is_hit_R: NDArray[np.bool_]) -> None:
+    def rate(self, cell: int) -> float:
+        return self._rates[cell]
+
+    def observe(self, cells_R: Seq[int], is_hit_R: Seq[bool]) -> None:
         """Nodes whose parents were right, and whether they were."""
-        size = self._hits_DC.size
-        self._trials_DC += np.bincount(cells_R, minlength=size).reshape(self._hits_DC.shape)
-        self._hits_DC += np.bincount(cells_R[is_hit_R], minlength=size).reshape(self._hits_DC.shape)
-        _fade(self._hits_DC, self._trials_DC, self._memory)
-        self._rates = self._estimate()
-
-    def _estimate(self) -> Array:
-        mean_C, table = self._prior_C, []
-        for hits_C, trials_C in zip(self._hits_DC, self._trials_DC, strict=True):
-            mean_C = (hits_C + self._strength * mean_C) / (trials_C + self._strength)
-            table.append(mean_C)
-        return np.concatenate(table)
+        for cell, is_hit in zip(cells_R, is_hit_R, strict=True):
+            self._trials[cell] += 1
+            self._hits[cell] += is_hit
+        for cell in set(cells_R):
+            keep = self._memory / max(self._trials[cell], self._memory)
+            self._hits[cell] *= keep
+            self._trials[cell] *= keep
+        for column in {cell % self._width for cell in cells_R}:
+            mean = self._prior_C[column]
+            for at in range(column, len(self._rates), self._width):
+                mean = (self._hits[at] + self._strength * mean) / (self._trials[at] + self._strength)
+                self._rates[at] = mean
 
 
 class DrawRates:
@@ -117,6 +130,19 @@ class Offset:
         self._num_seen += 1
 
 
+@functools.lru_cache(maxsize=4096)
+def _bin(confidence: float, num_bins: int) -> int:
+    inside = min(max(confidence, _EDGE), 1 - _EDGE)
+    known = min(max(math.log(inside / (1 - inside)), -_LIMIT), _LIMIT)
+    return round((known + _LIMIT) / (2 * _LIMIT) * (num_bins - 1))
+
+
+def shifted_one(prob: float, offset: float) -> float:
+    """`shifted` for a single node."""
+    inside = min(max(prob, _EDGE), 1 - _EDGE)
+    return 1 / (1 + (1 - inside) / inside * math.exp(-offset))
+
+
 def shifted(probs: Array, offsets: Array) -> Array:
     """Probabilities moved by offsets in log-odds; 0 and 1 stay short of themselves."""
     return sigmoid(logit(probs) + offsets)
@@ -127,7 +153,7 @@ def sigmoid(x: Array) -> Array:
 
 
 def logit(probs: Array) -> Array:
-    inside = np.clip(probs, 1e-4, 1 - 1e-4)
+    inside = np.clip(probs, _EDGE, 1 - _EDGE)
     return np.log(inside / (1 - inside))
 
 

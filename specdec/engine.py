@@ -224,13 +224,14 @@ class Engine:
         drafted = time.perf_counter()
         verdict = self.verifier.verify(step, tree, noise, self.cache, self._feature_layers, self.times)
         verified = time.perf_counter()
-        if self.speculation is not None:
-            self.speculation.learn(step, tree, verdict, verified - drafting)
         requests = {request.id: request for request in self._scheduler.running}
         tokens = self._emit(step, requests, tree, verdict)
         observing = time.perf_counter()
         self._observe(step, verdict)
         end = time.perf_counter()
+        if self.speculation is not None:
+            # What a tree makes of work behind its verdict is part of its price.
+            self.speculation.learn(step, tree, verdict, end - drafting)
         self._scheduler.settle([requests[one.id] for one in step.sequences])
         self.times.draft_s += drafted - drafting + end - observing
         self.times.other_s += drafting - start + observing - verified + time.perf_counter() - end

@@ -178,7 +178,7 @@ class Speculation(Protocol):
         ...
 
     def learn(self, step: Plan, tree: TokenTree | None, verdict: Verdict, seconds: float) -> None:
-        """What the step's trees, those of `step.verifying`, were worth; drafting and verifying took `seconds`."""
+        """What the step's trees, those of `step.verifying`, were worth; to draft, verify, emit and observe took `seconds`."""
         ...
 
 

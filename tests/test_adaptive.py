@@ -165,9 +165,9 @@ def test_where_nothing_pays_there_is_a_choice_every_few_steps(monkeypatch) -> No
     monkeypatch.setattr(adaptive, "choose", lambda *given: calls.append(world.steps) or choose(*given))
     world, policy = World(2, lambda row, step: [0.0], linear, 0.004, 1e-4), chain(4)
     speculation = AdaptiveSpeculation(policy, world.costs(), explore=0.0, clock=lambda: world.now)
-    world.run(speculation, policy, steps=100, skip=20)
-    assert np.diff(calls[-10:]).tolist() == [8] * 9
-    assert speculation.counts.num_rows == 240
+    world.run(speculation, policy, steps=400, skip=20)
+    assert np.diff(calls[-10:]).tolist() == [32] * 9
+    assert speculation.counts.num_rows == 840
     # Who comes or goes is chosen for at once.
     gone = world.sequences.pop()
     for batch in (world.sequences, [*world.sequences, gone]):

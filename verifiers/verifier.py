@@ -80,14 +80,11 @@ class Verifier:
             acceptance = self.rule(tree, ModelLaws(result.logits_RV, tree, sampling), noise)
             verdict = self._commit(plan.verifying, tree, acceptance, result.logits_RV, cache)
         if feature_layers:
-            row = 0
-            for one, chunk, segment in zip(plan.sequences, plan.chunks, segments, strict=True):
+            sizes = [len(segment.token_ids_Q) for segment in segments]
+            states = {layer: every.split(sizes) for layer, every in result.hidden.items()}
+            for i, (one, chunk) in enumerate(zip(plan.sequences, plan.chunks, strict=True)):
                 path = verdict.paths[place[one.id]] if one.id in place else []
-                kept = torch.tensor(
-                    [*range(row, row + chunk), *(row + chunk + n for n in path)], device=self.target.device
-                )
-                verdict.hidden[one.id] = {layer: states[kept] for layer, states in result.hidden.items()}
-                row += len(segment.token_ids_Q)
+                verdict.hidden[one.id] = {layer: _kept(each[i], chunk, path) for layer, each in states.items()}
         times.accept_s += time.perf_counter() - done
         return verdict
 
@@ -119,6 +116,14 @@ class Verifier:
             top = one.params.logprobs
             logprobs.append(None if top is None else token_logprobs(logits_RV[[at + n for n in path]], new, top))
         return Verdict(paths, tokens, logprobs)
+
+
+def _kept(states_QD: torch.Tensor, chunk: int, path: list[int]) -> torch.Tensor:
+    """The states of a chunk and of the path in the tree behind it: a view where they stand in a row."""
+    count = chunk + len(path)
+    if path == list(range(len(path))):
+        return states_QD if count == len(states_QD) else states_QD[:count]
+    return states_QD[[*range(chunk), *(chunk + n for n in path)]]
 
 
 def _segment(one: Sequence, chunk: int, tree: TokenTree | None, row: int | None, device: torch.device) -> Segment:
