@@ -41,6 +41,7 @@ FOLDERS = {
     "inspect": ["path=somewhere"],
     "export": ["path=somewhere", "format=vllm", "output=there"],
     "certify": ["output=one.json", "work_dir=."],
+    "limits": ["output=rows.jsonl"],
     "load": ["output=rows.jsonl", "work_dir=."],
     "stream_check": ["output=rows.jsonl", "work_dir=."],
 }

@@ -34,6 +34,7 @@ from specdec.config.measuring import (
     CertifyConfig,
     ContenderConfig,
     GpuCheckConfig,
+    LimitsConfig,
     LoadConfig,
     StreamCheckConfig,
 )
@@ -57,6 +58,7 @@ SCHEMAS: dict[str, type] = {
     "acceptance": AcceptanceConfig,
     "accuracies": AccuraciesConfig,
     "certify": CertifyConfig,
+    "limits": LimitsConfig,
     "load": LoadConfig,
     "stream_check": StreamCheckConfig,
     "gpu_check": GpuCheckConfig,
