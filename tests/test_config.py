@@ -37,9 +37,11 @@ FOLDERS = {
     "accuracies": ["data=data", "folder=trees"],
     "data": ["folder=data"],
     "train": ["data=data", "folder=heads"],
+    "learning_curve": ["rows=[rows.jsonl]", "output=curve.png"],
     "inspect": ["path=somewhere"],
     "export": ["path=somewhere", "format=vllm", "output=there"],
     "certify": ["output=one.json", "work_dir=."],
+    "limits": ["output=rows.jsonl"],
     "load": ["output=rows.jsonl", "work_dir=."],
     "stream_check": ["output=rows.jsonl", "work_dir=."],
 }

@@ -140,6 +140,17 @@ class AccuraciesConfig:
 
 
 @dataclass
+class LimitsConfig(RunConfig):
+    """Where the drafts of the EAGLE head `draft` end under each of `policies`, the overrides of `drafter/policy` that one
+    would give to `generate`. `prompts` names the prompt set in rows (None: the file's name)."""
+
+    prompts: str | None = None
+    drafter: DrafterConfig = field(default_factory=DrafterConfig)
+    draft: str | None = None
+    policies: list[str] = MISSING
+
+
+@dataclass
 class LoadConfig(SystemConfig, WorkloadConfig, RunConfig):
     """Requests from `prompt_file` or a `mixture` of sets, sent before `duration_s` (None: whenever).
 

@@ -173,3 +173,11 @@ class TrainConfig:
     cache: str | None = MISSING
     eval_prompts: int = MISSING
     output: str = MISSING
+
+
+@dataclass
+class LearningCurveConfig:
+    """`rows` are the rows.jsonl of trainings of one head, each of which went on from the one before (`head.initial`)."""
+
+    rows: list[str] = MISSING
+    output: str = MISSING
