@@ -143,7 +143,7 @@ def test_features_wait_until_they_are_wanted_and_are_then_the_same(tiny, target,
             engine.step()
         if most_unread > 1:
             # Chunks of a prompt are read with the next one.
-            assert reading.take() <= sum(fused) <= len(LONG[2])
+            assert reading.take() <= sum(fused) <= len(LONG[2]) + 1
             for state in drafter._states.values():
                 kept = [one for piece in state.hidden for one in piece.values()]
                 assert all(one.untyped_storage().nbytes() <= 32 * one.nbytes for one in kept)
@@ -151,6 +151,13 @@ def test_features_wait_until_they_are_wanted_and_are_then_the_same(tiny, target,
             engine.step()
         trees.append([(one.result.token_ids, one.result.metrics.drafted_by_depth) for one in handles])
     assert trees[0] == trees[1]
+
+
+@pytest.mark.parametrize("name", ["small_model", "eagle_3", "union"])
+def test_a_prompt_is_shared_although_nothing_is_drafted(tiny, target, name: str) -> None:
+    engine = engine_of(target, drafter_of(name, tiny, target), prefill_chunk=512, speculation=Sleeps())
+    engine.generate([LONG[0]] * 2, params(2))
+    assert engine.metrics.num_prefix_tokens >= 72
 
 
 def test_a_prompt_that_will_have_no_drafts_is_not_read(tiny, target, monkeypatch) -> None:
