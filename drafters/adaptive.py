@@ -83,8 +83,6 @@ class AdaptiveSpeculation:
         self._device, self._explore, self._clock = device, explore, clock
         # Unknown until the first step has taken its time: a step's worth of looking elsewhere is granted to begin with.
         self._savings: dict[str, float] = {}
-        # What the cheapest look was last expected to cost.
-        self._awaited: dict[str, float] = {}
         self._last: _Step | None = None
         # Whose steps go on without a choice, how many still do, and how many did the last time.
         self._resting: set[Sequence] = set()
@@ -138,10 +136,12 @@ class AdaptiveSpeculation:
         records = [self._records.setdefault(one, RequestRecord()) for one in sequences]
         options = self._options(sequences, records, drafter, ready)
         slept = [len(one.token_ids) - record.drafted_len for one, record in zip(sequences, records, strict=True)]
-        choice = self._look_elsewhere(options, load, choose(options, load, self.costs), np.array(slept, dtype=float))
-        if choice.depths_B.any():
+        best = choose(options, load, self.costs)
+        choice = self._look_elsewhere(options, load, best, np.array(slept, dtype=float))
+        if best.depths_B.any() or choice.depths_B.any():
+            # A look at a plain step is no reason to rest: it would be many, and none of them accounted for.
             self._rest = self._last_rest = 0
-            return choice
+            return choice if choice.depths_B.any() else None
         before = self._last_rest if self._knows(sequences) else 0
         self._rest = self._last_rest = min(2 * before + 1, self._LONGEST_REST)
         self._resting = set(sequences)
@@ -164,7 +164,7 @@ class AdaptiveSpeculation:
         for kind in self._KINDS:
             earned = self._savings.get(kind, seconds) + self._explore * seconds / len(self._KINDS)
             # Saved time must not turn into a row of steps that all look elsewhere.
-            self._savings[kind] = min(earned, max(2 * seconds, self._awaited.get(kind, 0.0)))
+            self._savings[kind] = min(earned, 2 * seconds)
         if last.draft is None:
             return
         self.costs.observe_draft(last.draft, last.draft_s)
@@ -195,10 +195,9 @@ class AdaptiveSpeculation:
         have become cheap.
         """
         for kind in self._KINDS:
-            self._awaited[kind] = 0.0
             for depths_B, option in self._elsewhere(kind, options, choice, slept_B):
                 other = instead(options, load, self.costs, choice, depths_B, option)
-                regret = self._awaited[kind] = max(choice.value - other.value, 0.0) / max(choice.rate, 1e-12)
+                regret = max(choice.value - other.value, 0.0) / max(choice.rate, 1e-12)
                 if regret <= self._savings.get(kind, 0.0):
                     self._savings[kind] = self._savings.get(kind, 0.0) - regret
                     self.counts.explored_s += regret

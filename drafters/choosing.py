@@ -118,7 +118,7 @@ def _choose_one(options: Options, load: Load, costs: CostModel, margin: float) -
 
 
 def instead(options: Options, load: Load, costs: CostModel, choice: Choice, depths_B: Ints, option: int) -> Choice:
-    """The same step with other depths, valued at the same rate; all that it makes of work is charged."""
+    """The same step with other depths, valued at the same rate."""
     rows = np.arange(len(depths_B))
     nodes = options.nodes_BDO[rows, depths_B, option].sum()
     seconds = costs.step_s(load.num_rows + nodes, load.num_sequences, load.context)
@@ -192,5 +192,5 @@ def _beginnings(values: Array | Ints, total: bool = True) -> Array:
 
 def _draft_s(options: Options, depths: Ints, costs: CostModel) -> Array:
     """Seconds of drafting to `depths`, whose first axis is the rows."""
-    caught_up = np.tensordot(options.caught_up_B, depths > 0, 1)
+    caught_up = np.tensordot(options.charged_B, depths > 0, 1)
     return costs.draft_s(depths.max(0), options.expanded_D[depths].sum(0), caught_up)

@@ -37,10 +37,11 @@ class LevelDrafter(NetworkDrafter):
     They read along with the target, one of its prompt chunks behind: so a prompt of a single chunk is read together with its
     root, and a step never has more of a long one to read than the target had in a step before. Tokens that no tree was asked
     behind wait until one is: reading them costs several per cent of what the target costs, for nothing where no draft pays.
-    Only of more than `_MOST_UNREAD` the oldest are read, `_BULK` at a time, so that what waits is bounded.
+    Only of more than `_MOST_UNREAD` the oldest are read, `_BULK` at a time, so that what waits is bounded. A prompt of
+    `_SHAREABLE` tokens is read in any case, for only what has been read can be shared with requests that begin alike.
     """
 
-    _MOST_UNREAD, _BULK = 512, 64
+    _MOST_UNREAD, _BULK, _SHAREABLE = 512, 64, 16
 
     def covered(self, sequence_id: int) -> int:
         raise NotImplementedError
@@ -55,7 +56,7 @@ class LevelDrafter(NetworkDrafter):
             covered = self.covered(one.id)
             num_unread = commit.start - covered
             # By its place, not by its nodes: those are also missing where the drafter was not asked for this tree.
-            in_prompt = commit.start < one.prompt_len
+            in_prompt = commit.start < one.prompt_len or covered < one.prompt_len >= self._SHAREABLE
             is_due = num_unread > 0 if in_prompt else num_unread >= self._MOST_UNREAD
             # The token to come takes one of the places that are left.
             if is_due and min(one.max_draft_depth - 1, self._limit(one)) > 0:

@@ -35,6 +35,8 @@ from specdec.verifiers import Follow, Verifier
 
 ROWS = (1, 2, 4, 8, 16, 32, 64)
 _SOURCES = ("attention", "cost", "decoder", "engine", "kv_cache", "model", "packing")
+# What is measured, and how: whatever an earlier version has remembered is measured anew.
+_VERSION = 2
 _REPEATS, _WARM_UP = 3, 2
 _CONTEXT = 512
 
@@ -48,7 +50,7 @@ def calibrated_costs(
     afterwards.
     """
     threads, device = torch.get_num_threads(), device_name(target.device)
-    key = [str(target.dtype), target.numerics, threads, device, *names, max_batch_size]
+    key = [_VERSION, str(target.dtype), target.numerics, threads, device, *names, max_batch_size]
     record = record_of(target, "costs", _SOURCES, *key)
     if (known := _remembered(record)) is not None:
         return known
@@ -70,8 +72,8 @@ def measure_costs(target: PagedModel, drafter: Drafter, policy: TreePolicy, max_
     for num_sequences, context, sizes in plans:
         probe.begin([n for n in sizes if n // num_sequences <= min(target.vocab_size, room.max_nodes)])
         length = min(context, longest // 2)
-        # A draft goes with at most one step of the target; a step of the target may emit one drafted token beside its own.
-        tokens = 3 * (probe.num_steps + _WARM_UP) + policy.max_depth + 2
+        # Two drafts at most go with a step of the target; such a step may emit one drafted token beside its own.
+        tokens = 4 * (probe.num_steps + _WARM_UP) + policy.max_depth + 2
         prompts = [[(i * 31 + row) % target.vocab_size for i in range(length)] for row in range(num_sequences)]
         params = SamplingParams(max_new_tokens=tokens, ignore_eos=True, seed=0)
         engine = Engine(Verifier(target, Follow()), drafter, room, max_batch_size=num_sequences, speculation=probe)
@@ -99,8 +101,10 @@ class _Probe:
         self._policy, self._vocab_size = policy, vocab_size
         self._target: dict[TargetSize, list[float]] = defaultdict(list)
         self._draft: dict[DraftSize, list[float]] = defaultdict(list)
-        # Several steps without a draft let the drafter fall behind, so that catching up is seen too.
-        self._depths = itertools.cycle([1, 0, policy.max_depth, 0, (policy.max_depth + 1) // 2, 0, 0, 0, 0])
+        # Every depth right behind another draft, as where drafting pays, and after steps without one, when the drafter has
+        # fallen behind: what catching up costs must not be taken for what any draft costs.
+        most, half = policy.max_depth, (policy.max_depth + 1) // 2
+        self._depths = itertools.cycle([1, 1, 0, most, most, 0, half, half, 0, 1, 1, 0, 0, 0, 0])
         self._expanded = (policy.max_expanded - 1) / max(policy.max_depth - 1, 1)
 
     def begin(self, sizes: Seq[int]) -> None:

@@ -177,6 +177,79 @@ def test_where_nothing_pays_there_is_a_choice_every_few_steps(monkeypatch) -> No
         assert calls[-2:] == [world.steps - 3, world.steps - 1]
 
 
+def test_a_rest_outlasts_requests_that_come_and_go(monkeypatch) -> None:
+    """Of many that run, one is new in every other step: a choice for each would cost more than it could bring."""
+    calls = []
+    monkeypatch.setattr(adaptive, "choose", lambda *given: calls.append(world.steps) or choose(*given))
+    world, policy = World(32, lambda row, step: [0.0], linear, 0.004, 1e-4), chain(4)
+    speculation = AdaptiveSpeculation(policy, world.costs(), explore=0.0, clock=lambda: world.now)
+    world.run(speculation, policy, steps=60)
+    calls.clear()
+    spare = World(100, lambda row, step: [0.0], linear, 0.004, 1e-4).sequences
+    for step in range(100):
+        if step % 2:
+            world.sequences = [*world.sequences[1:], spare[step]]
+        world.step(speculation, policy)
+    assert len(calls) < 25
+
+
+def test_what_is_ready_is_valued_with_what_may_be_drafted() -> None:
+    """Rows that have something already are drafted for only where that brings more; brute force tries all."""
+    generator, costs, depth = np.random.default_rng(0), model(lambda rows: 0.01 + 0.001 * rows), 3
+    for batch in (1, 2, 3) * 4:
+        hazard_B = generator.choice([0.2, 0.6, 0.9], batch)
+        gain_BD = np.concatenate([np.zeros((batch, 1)), np.cumprod(np.tile(hazard_B[:, None], depth), 1).cumsum(1)], 1)
+        ready_B = generator.choice([0.0, 0.5, 2.0], batch)
+        levels = np.arange(depth + 1.0)
+        nodes_BD = np.where(gain_BD > ready_B[:, None], levels, 2 * ready_B[:, None])
+        gain_BD = np.maximum(gain_BD, ready_B[:, None])
+        options = Options(
+            gain_BD[..., None], nodes_BD[..., None], levels, np.full(batch, 1.0), np.full(batch, depth), 0.5
+        )
+        found = choose(options, Load(batch, batch, 0, 0, batch), costs, margin=0.0)
+
+        def rate(depths: tuple[int, ...], gain_BD=gain_BD, nodes_BD=nodes_BD, batch=batch) -> float:
+            rows, at = np.arange(batch), np.array(depths)
+            draft = costs.draft_s(np.array(float(max(depths))), np.array(float(sum(depths))), np.zeros(()))
+            seconds = float(costs.step_s(batch + nodes_BD[rows, at].sum(), batch, 0) + draft)
+            return (batch + gain_BD[rows, at].sum()) / seconds
+
+        best = max(map(rate, itertools.product(range(depth + 1), repeat=batch)))
+        assert rate(tuple(found.depths_B.tolist())) >= 0.99 * best
+
+
+def test_a_look_at_a_plain_step_is_a_single_one() -> None:
+    """Where drafting pays in every step, plain ones cost what they are said to cost."""
+    world, policy = World(1, lambda row, step: [0.95], flat, 0.001, 1e-5), chain(4)
+    speculation = AdaptiveSpeculation(policy, world.costs(), explore=0.05, clock=lambda: world.now)
+    world.run(speculation, policy, steps=200)
+    drafted = [sizes[0] > 0 for sizes in world.drafted]
+    assert 0 < drafted.count(False) < 20
+    assert all(any(pair) for pair in itertools.pairwise(drafted[5:]))
+
+
+def test_reading_is_an_investment() -> None:
+    """A long prompt takes the time of four steps to read, which no single draft brings in: all those behind it do."""
+
+    class Reads(World):
+        token_s, num_read = 4e-4, 0
+
+        def covered(self, sequence_id: int) -> int:
+            return self.num_read
+
+        def propose(self, sequences, policy, noise) -> TokenTree:
+            self.now += self.token_s * (len(sequences[0].token_ids) - self.num_read)
+            self.num_read = len(sequences[0].token_ids)
+            return super().propose(sequences, policy, noise)
+
+    world, policy = Reads(1, lambda row, step: [0.95], flat, 0.001, 1e-5), chain(4)
+    world.sequences[0].token_ids *= 400 // len(world.sequences[0].token_ids)
+    world.sequences[0].num_computed = world.sequences[0].root_position
+    costs = CostModel(TargetCost(KNOTS, tuple(map(flat, KNOTS))), DraftCost(1e-9, 0.001, 1e-5, world.token_s))
+    world.run(AdaptiveSpeculation(policy, costs, explore=0.0, clock=lambda: world.now), policy, steps=20)
+    assert world.drafted[0][0] > 0 and np.mean(world.drafted[-10:]) > 3
+
+
 def test_wrong_costs_are_put_right_by_what_steps_take() -> None:
     """Calibrated as if rows were free; in truth each costs as much as the first."""
     world = World(2, lambda row, step: [0.3], lambda rows: 0.01 * rows, 1e-4, 1e-6)

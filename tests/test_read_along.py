@@ -95,15 +95,25 @@ def test_a_prompt_of_one_chunk_is_read_with_its_root(tiny, target, monkeypatch) 
     assert reading.take() == len(LONG[0]) + 1
 
 
+class Sleeps:
+    """Drafts nothing in the first steps, and then what the policy says."""
+
+    def __init__(self, num_steps: int = 1 << 30) -> None:
+        self.num_steps = num_steps
+
+    def propose(self, step, drafter, policy, noise) -> TokenTree:  # type: ignore[no-untyped-def]
+        self.num_steps -= 1
+        if self.num_steps < 0:
+            return drafter.propose(step.drafting, policy, noise)
+        return TokenTree.roots(torch.tensor([one.root for one in step.drafting]))
+
+    def learn(self, *what: object) -> None:
+        pass
+
+
 @pytest.mark.parametrize("name", ["small_model", "eagle_3", "union"])
-def test_what_nobody_drafts_behind_is_read_now_and_then(tiny, target, monkeypatch, name: str) -> None:
-    class Sleeps:
-        def propose(self, step, drafter, policy, noise) -> TokenTree:  # type: ignore[no-untyped-def]
-            return TokenTree.roots(torch.tensor([one.root for one in step.drafting]))
-
-        def learn(self, *what: object) -> None:
-            pass
-
+def test_what_nobody_drafts_behind_is_read_when_much_has_gathered(tiny, target, monkeypatch, name: str) -> None:
+    monkeypatch.setattr(LevelDrafter, "_MOST_UNREAD", 64)
     reading, drafter = Reading(monkeypatch), drafter_of(name, tiny, target)
     engine = engine_of(target, drafter, speculation=Sleeps())
     handle = engine.submit(LONG[4], params(1, 150)[0])
@@ -113,6 +123,41 @@ def test_what_nobody_drafts_behind_is_read_now_and_then(tiny, target, monkeypatc
         counts.append(reading.take())
         assert handle.is_done or handle.request.sequence.num_computed - drafter.covered(handle.id) <= 65
     assert max(counts) == 64 and sum(counts) == 128
+
+
+def test_features_wait_until_they_are_wanted_and_are_then_the_same(tiny, target, monkeypatch) -> None:
+    """Where nothing is drafted a head does nothing at all; what it drafts later is as if it had read along."""
+    fused: list[int] = []
+    fuse = EagleHead.fuse
+    monkeypatch.setattr(EagleHead, "fuse", lambda head, states: fused.append(len(states[0])) or fuse(head, states))
+    trees = []
+    for most_unread in (512, 1):
+        monkeypatch.setattr(LevelDrafter, "_MOST_UNREAD", most_unread)
+        monkeypatch.setattr(LevelDrafter, "_BULK", most_unread)
+        reading, drafter = Reading(monkeypatch), drafter_of("eagle_3", tiny, target)
+        fused.clear()
+        engine = engine_of(target, drafter, speculation=Sleeps(40))
+        # Side by side, one of them with a prompt in several chunks: each holds on to its own states alone.
+        handles = [engine.submit(LONG[row], one) for row, one in zip((4, 2), params(2, 60), strict=True)]
+        while len(handles[0].request.sequence.token_ids) < 30:
+            engine.step()
+        if most_unread > 1:
+            # Chunks of a prompt are read with the next one.
+            assert reading.take() <= sum(fused) <= len(LONG[2]) + 1
+            for state in drafter._states.values():
+                kept = [one for piece in state.hidden for one in piece.values()]
+                assert all(one.untyped_storage().nbytes() <= 32 * one.nbytes for one in kept)
+        while not engine.is_idle:
+            engine.step()
+        trees.append([(one.result.token_ids, one.result.metrics.drafted_by_depth) for one in handles])
+    assert trees[0] == trees[1]
+
+
+@pytest.mark.parametrize("name", ["small_model", "eagle_3", "union"])
+def test_a_prompt_is_shared_although_nothing_is_drafted(tiny, target, name: str) -> None:
+    engine = engine_of(target, drafter_of(name, tiny, target), prefill_chunk=512, speculation=Sleeps())
+    engine.generate([LONG[0]] * 2, params(2))
+    assert engine.metrics.num_prefix_tokens >= 72
 
 
 def test_a_prompt_that_will_have_no_drafts_is_not_read(tiny, target, monkeypatch) -> None:

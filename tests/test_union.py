@@ -170,6 +170,33 @@ def test_coupled_and_adaptive_speculation_equal_plain(target, plain, unions) -> 
             assert engine.speculation.counts.num_nodes > 0 and engine.speculation.counts.num_pruned > 0
 
 
+def test_quick_drafters_serve_where_the_others_do_not_pay(target, tiny, plain) -> None:
+    """A head that costs more than it brings is left alone, and what n-gram lookup finds is verified all the same."""
+    from specdec.cost import CostModel, DraftCost, TargetCost
+
+    class Frozen(CostModel):
+        def observe_step(self, *seen: object) -> None:
+            pass
+
+    asked: list[int] = []
+
+    class Counting(SmallModelDrafter):
+        def propose(self, sequences, policy, noise):
+            asked.append(len(sequences))
+            return super().propose(sequences, policy, noise)
+
+    union = UnionDrafter([NGramDrafter(), Counting(PagedModel(tiny(0)))])
+    for draft_s in (1e3, 1e-6):
+        asked.clear()
+        costs = Frozen(TargetCost((1, 64), (1.0, 1.5)), DraftCost(draft_s))
+        engine = engine_of(target, union, POLICIES["top_k"])
+        engine.speculation = AdaptiveSpeculation(POLICIES["top_k"], costs, explore=0.0)
+        results = engine.generate(PROMPTS, SAMPLING["greedy"])
+        assert [r.token_ids for r in results] == plain["follow", "greedy"]
+        assert bool(asked) == (draft_s < 1)
+        assert sum(sum(r.metrics.accepted_by_depth) for r in results) > 5
+
+
 def costs():
     from specdec.cost import CostModel, DraftCost, TargetCost
 
