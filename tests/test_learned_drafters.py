@@ -248,9 +248,9 @@ MISTAKES = {
     "features of other tokens": ("eagle_1", "specdec.drafters.eagle:_State.take", "start - self.first :", "0 :"),
     "features of the tokens beside": (
         "eagle_3",
-        f"{EAGLE}.observe",
-        "one.hidden[layer] for",
-        "one.hidden[layer].roll(1, 0) for",
+        f"{EAGLE}.fuse",
+        "piece[layer] for",
+        "piece[layer].roll(1, 0) for",
     ),
     "drafts taken for computed": (
         "eagle_3",
