@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+from functools import partial
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ import torch
 from head_cases import eagle_config, learn_eagle
 
 from specdec import Engine, PagedModel, SamplingParams
-from specdec.certificates.checks import TOLERANCE, generation_error, union_mismatch
+from specdec.certificates.checks import TOLERANCE, generation_error, impressionable, union_mismatch
 from specdec.certificates.worlds import ToyModel, World
 from specdec.drafters import (
     Coupled,
@@ -279,6 +280,17 @@ def test_whole_generations_keep_the_law(rule: str, policy: TreePolicy) -> None:
     # Races have far more outcomes than draws.
     length = 2 if rule == "coupled" else 3
     assert generation_error(world, RULES[rule](), policy, length, drafter=toy_union(world), max_batch=1) < TOLERANCE
+
+
+@pytest.mark.parametrize("rule", ["follow", "traversal"])
+def test_adaptive_generations_keep_the_law(rule: str) -> None:
+    """What lookup has found is verified even where nobody else is asked, and who is asked depends on what became of drafts."""
+    world, policy = World.tree(3, 7).select("sharp", "independent", "zeros"), TopK(4, 2, 2)
+    speculation = partial(impressionable, policy)
+    error = generation_error(
+        world, RULES[rule](), policy, 3, drafter=toy_union(world), speculation=speculation, max_batch=1
+    )
+    assert error < TOLERANCE
 
 
 def test_trees_hold_what_the_parts_drafted_behind_the_very_text() -> None:
