@@ -144,7 +144,7 @@ MUTANTS = [
         "child = _child(parents[row], tokens[row], node, token)",
         "child = _child(parents[row], tokens[row], node, token)\n"
         "            if child is None:\n"
-        "                again = noise.categorical(laws_BV[[row]], PositionKey(depth + 100), torch.tensor([row]))\n"
+        "                again = noise.categorical(laws_BV[[row]], PositionKey(depth + 100), int_tensor([row]))\n"
         "                next_tokens[row] = int(again)",
         TREE,
     ),

@@ -18,6 +18,7 @@ from specdec.drafters.found import Found
 from specdec.drafters.outlook import Outcome, RequestRecord, Scores, outlook_for
 from specdec.drafters.pruning import prune, shallower
 from specdec.drafters.union import UnionDrafter
+from specdec.int_tensor import int_tensor
 from specdec.interfaces import Drafter, Noise, TreePolicy, Verdict
 from specdec.scheduler import Plan
 from specdec.sequence import Sequence
@@ -66,6 +67,8 @@ class AdaptiveSpeculation:
     _LONGEST_REST = 31
     # What a drafter must read before it drafts serves the drafts to come: its price is spread over so many steps.
     _HORIZON = 16
+    # In one of so many steps what is there is looked at whatever it may be worth: guesses must be seen to get better.
+    _LOOK_AT_ALL = 16
 
     def __init__(
         self,
@@ -87,6 +90,7 @@ class AdaptiveSpeculation:
         # Whose steps go on without a choice, how many still do, and how many did the last time.
         self._resting: set[Sequence] = set()
         self._rest = self._last_rest = 0
+        self._num_looks = 0
         share = (policy.max_expanded - 1) / max(policy.max_depth - 1, 1)
         levels = np.arange(policy.max_depth + 1)
         # The root is run once; the levels behind it are taken to be alike.
@@ -97,16 +101,18 @@ class AdaptiveSpeculation:
         if policy is not self._policy:
             raise ValueError("adaptive speculation was set up for another policy: make one for each engine")
         sequences, load = step.drafting, _load(step)
-        found = Found(drafter, sequences, policy, noise) if isinstance(drafter, UnionDrafter) else None
+        found = (
+            Found(drafter, sequences, policy, noise, self._least(load)) if isinstance(drafter, UnionDrafter) else None
+        )
         ready, choice = None if found is None else found.scores, None
         if self._rest and self._knows(sequences):
             self._rest -= 1
-        else:
+        elif found is None or not found.is_all:
             choice = self._choose(sequences, drafter, load, ready)
         if choice is None and ready is None:
             self._last = _Step(sequences, load, [0] * len(sequences))
             self.counts.num_rows += len(sequences)
-            return TokenTree.roots(torch.tensor([one.root for one in sequences], device=self._device))
+            return TokenTree.roots(int_tensor([one.root for one in sequences], self._device))
         depths: list[int] = [0] * len(sequences) if choice is None else choice.depths_B.tolist()
         scores: Scores | None
         start = self._clock()
@@ -125,6 +131,17 @@ class AdaptiveSpeculation:
         self._last = _Step(sequences, load, depths, scores, option, size, draft_s)
         self._count(depths, scores, tree)
         return tree
+
+    def _least(self, load: Load) -> float:
+        """How likely a node must be to be right for any number of such nodes to be worth their time."""
+        self._num_looks += 1
+        if self._num_looks % self._LOOK_AT_ALL == 0:
+            return 0.0
+        counts = np.arange(load.num_emitting * (self._policy.max_nodes - 1) + 1.0)
+        rows = np.append(load.num_rows - load.num_prompt, load.num_rows + counts)
+        plain_s, *seconds = self.costs.step_s(rows, load.num_sequences, load.context)
+        # A token is worth at least the time that plain decoding takes for it.
+        return load.num_emitting / float(plain_s) * float(np.diff(seconds).min())
 
     def _knows(self, sequences: list[Sequence]) -> bool:
         """Whether these are those that rest, but for less than a quarter: where many come and go, each would end all rest."""

@@ -20,6 +20,7 @@ from specdec.drafters.heads.source import HeadSource, resolve
 from specdec.drafters.levels import LevelDrafter, LevelRound, Span
 from specdec.drafters.network import NextLogits, fitted
 from specdec.drafters.vocabulary import drafting
+from specdec.int_tensor import int_tensor
 from specdec.interfaces import Commit
 from specdec.kernels.cpu import GrowingRoot, GrownTrees
 from specdec.kernels.tree_attention import AttentionPlan, tree_attention
@@ -250,7 +251,7 @@ def growing_root(table: PageTable, num_entries: int, limit: int) -> GrowingRoot:
     if first is not None:
         return GrowingRoot(limit, num_entries - 1, num_entries, first, None)
     size = table.pool.page_size
-    slots = (torch.tensor(table.pages)[:, None] * size + torch.arange(size)).flatten()
+    slots = (int_tensor(table.pages)[:, None] * size + torch.arange(size)).flatten()
     return GrowingRoot(limit, num_entries - 1, num_entries, None, slots)
 
 

@@ -17,14 +17,22 @@ from specdec.tree import TokenTree
 
 
 class Found:
-    """What the drafters that need no model have for each sequence; `scores` is None where they have nothing."""
+    """What the drafters that need no model have for each sequence, if their first guess is at least `least` likely to be right;
+    `scores` is None where they have nothing."""
 
-    def __init__(self, union: UnionDrafter, sequences: Seq[Sequence], policy: TreePolicy, noise: Noise) -> None:
+    def __init__(
+        self, union: UnionDrafter, sequences: Seq[Sequence], policy: TreePolicy, noise: Noise, least: float = 0.0
+    ) -> None:
         self._union, self._sequences, self._policy, self._noise = union, sequences, policy, noise
-        self._drafts = union.look(sequences, policy, noise)
+        self._drafts = union.look(sequences, policy, noise, least)
         has_nodes = any(len(draft.tokens) > 1 for drafts in self._drafts for draft in drafts)
         self._rows = union.join(sequences, self._drafts, policy) if has_nodes else []
         self.scores = Scores.of_lists(self._rows) if has_nodes else None
+
+    @property
+    def is_all(self) -> bool:
+        """Whether nobody is left to ask."""
+        return self._union.is_ready
 
     def drafted(self, depths: Seq[int], keep: Callable[[Array], NDArray[np.bool_]]) -> tuple[Scores, TokenTree]:
         """The trees with what the other drafters have down to `depths`: all of it as it is scored, and what `keep` leaves of

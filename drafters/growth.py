@@ -9,6 +9,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from specdec.int_tensor import int_tensor
 from specdec.interfaces import Noise, TreePolicy
 from specdec.tree import DrawKind, TokenTree, TreeSpec
 
@@ -121,7 +122,7 @@ class Static(FixedPolicy):
         order = [node for internal, _, _ in self._levels for node in internal]
         self._expanded = [order.index(i) if i in order else -1 for i in range(len(nodes))]
         self._parents = [-1, *(nodes.index(path[:-1]) for path in paths)]
-        self._depths = torch.tensor([len(path) for path in nodes])
+        self._depths = int_tensor([len(path) for path in nodes])
         self.max_expanded = len(order)
         self.spec = TreeSpec(frozenset({DrawKind.FIXED}), is_chain=all(max(path) == 0 for path in paths))
 
@@ -130,14 +131,14 @@ class Static(FixedPolicy):
 
     def grow(self, draft: DraftRound, noise: Noise) -> Grown:
         device = draft.roots_B.device
-        limits = torch.tensor(draft.limits, device=device)
+        limits = int_tensor(draft.limits, device)
         tokens_BN = draft.roots_B[:, None]
         confidence_BN = torch.full(tokens_BN.shape, torch.nan, device=device)
         for depth, (internal, owner, ranks) in enumerate(self._levels[: max(draft.limits)]):
             if depth == 0:
                 following = draft.expand_root()
             else:
-                parents = torch.tensor([self._expanded[self._parents[node]] for node in internal], device=device)
+                parents = int_tensor([self._expanded[self._parents[node]] for node in internal], device)
                 following = draft.expand(tokens_BN[:, internal], parents.expand(len(limits), -1), depth)
             if max(ranks) >= draft.vocab_size:
                 raise ValueError(f"choices use rank {max(ranks)}, the vocabulary has {draft.vocab_size} tokens")
@@ -148,8 +149,8 @@ class Static(FixedPolicy):
         nodes = tokens_BN.shape[1]
         count_B = (self._depths[:nodes].to(device) <= limits[:, None]).sum(1)
         inside = torch.arange(nodes, device=device) < count_B[:, None]
-        parents_BN = torch.where(inside, torch.tensor(self._parents[:nodes], device=device), -1)
-        expanded_BN = torch.tensor(self._expanded[:nodes], device=device)
+        parents_BN = torch.where(inside, int_tensor(self._parents[:nodes], device), -1)
+        expanded_BN = int_tensor(self._expanded[:nodes], device)
         tokens_BN = torch.where(inside, tokens_BN, 0)
         tree = TokenTree.from_parents(tokens_BN, parents_BN, count_B, draft.vocab_size, confidence_BN)
         return Grown.within(limits, tree, expanded_BN)
@@ -179,7 +180,7 @@ class TopK(FixedPolicy):
             grown = draft.confidence_tree(self.max_nodes, depths, self.k)
             if grown is not None:
                 return grown
-        limits = torch.tensor(draft.limits, device=device)
+        limits = int_tensor(draft.limits, device)
         # Candidates in the order they arise: token, score (log-probability of the path), parent candidate, own expansion.
         tokens_BC, scores_BC = (values[:, 0] for values in draft.expand_root().top(self.k))
         scores_BC = scores_BC.masked_fill((limits < 1)[:, None], -torch.inf)
@@ -239,4 +240,4 @@ class TopK(FixedPolicy):
         unknown = torch.full(root.shape, torch.nan, device=keep.device)
         confidence_BN = torch.cat([unknown, behind.exp().float()], 1)
         tree = TokenTree.from_parents(tokens_BN, parents_BN, 1 + valid.sum(1), draft.vocab_size, confidence_BN)
-        return Grown.within(torch.tensor(draft.limits, device=keep.device), tree, expanded_BN)
+        return Grown.within(int_tensor(draft.limits, keep.device), tree, expanded_BN)

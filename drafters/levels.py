@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from specdec.drafters.network import NetworkDrafter, NetworkRound
+from specdec.int_tensor import int_tensor
 from specdec.interfaces import Commit
 from specdec.model import Segment
 from specdec.sequence import Sequence
@@ -84,7 +85,7 @@ class LevelRound(NetworkRound):
         super().__init__(drafter, sequences, limits)
         self._progress = progress
         self._num_entries = [len(one.token_ids) - self.shift for one in sequences]
-        self._num_entries_B = torch.tensor(self._num_entries, device=self.device)
+        self._num_entries_B = int_tensor(self._num_entries, self.device)
         # Expanded nodes behind the root: who is an ancestor of whom (itself included), and at what depth.
         self._ancestors_BXX = torch.zeros(len(sequences), 0, 0, dtype=torch.bool, device=self.device)
         self._depths: list[int] = []
@@ -126,9 +127,9 @@ class LevelRound(NetworkRound):
             one = self.sequences[span.row]
             tokens = one.token_ids[span.start + self.shift : span.end + self.shift]
             positions = torch.arange(span.start, span.end, device=self.device)
-            segments.append(Segment(one.table, span.start, torch.tensor(tokens, device=self.device), positions))
+            segments.append(Segment(one.table, span.start, int_tensor(tokens, self.device), positions))
             self._progress[span.row].num_computed = span.end
-        return self.run_chunk(segments, spans, torch.tensor(rows, dtype=torch.int64, device=self.device))
+        return self.run_chunk(segments, spans, int_tensor(rows, self.device))
 
     def level(self, tokens_BW: Tensor, parents_BW: Tensor, depth: int) -> tuple[list[Segment], list[int]]:
         """The next level's nodes as segments, and the batch rows that they belong to: those that may go deeper still."""
@@ -140,7 +141,7 @@ class LevelRound(NetworkRound):
         mask_BWM = torch.cat([inherited, own], 2)
         self._ancestors_BXX = torch.cat([pad(self._ancestors_BXX, (0, width)), mask_BWM], 1)
         self._depths += [depth] * width
-        positions_BM = self._num_entries_B[:, None] - 1 + torch.tensor(self._depths, device=self.device)
+        positions_BM = self._num_entries_B[:, None] - 1 + int_tensor(self._depths, self.device)
         # A row that may not go deeper than this has no use for the nodes, nor perhaps a position.
         live = [row for row, limit in enumerate(self.limits) if limit > depth]
         segments = [

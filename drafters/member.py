@@ -45,6 +45,10 @@ class ReadyMade(Protocol):
         """Tokens, parents and confidence of each sequence's tree of FIXED nodes, root first; None where the policy draws."""
         ...
 
+    def surest(self, sequence: Sequence) -> float:
+        """The confidence of the node behind the root that it would name first; 0 where it has none."""
+        ...
+
 
 class Member:
     """A drafter whose trees become part of larger ones.
@@ -77,6 +81,14 @@ class Member:
             drafts = self._grown(sequences, policy, noise)
         self.drafts.update({one.id: draft for one, draft in zip(sequences, drafts, strict=True)})
         return drafts
+
+    def surest(self, sequence: Sequence) -> float:
+        """How likely its first guess behind the root is to be right, of a drafter that needs no model."""
+        assert self._ready is not None
+        confidence, offset = self._ready.surest(sequence), self._offsets.get(sequence.id)
+        if not confidence:
+            return 0.0
+        return shifted_one(self._rates.rate(self._rates.cell(1, confidence)), 0.0 if offset is None else offset.value)
 
     def _calibrated(self, id: int, tokens: list[int], parents: list[int], confidence: list[float]) -> Draft:
         offset = self._offsets.setdefault(id, Offset()).value
@@ -111,7 +123,8 @@ class Member:
         for commit in commits:
             draft = self.drafts.pop(commit.sequence_id, None)
             if commit.nodes is None or draft is None:
-                own.append(commit if commit.nodes is None else replace(commit, nodes=None))
+                # Nodes say nothing to one that needs no model, and a copy of each commit would be most of its work.
+                own.append(commit if commit.nodes is None or self._ready else replace(commit, nodes=None))
             else:
                 own += _translated(commit, self._follow(commit, draft, cells, hits))
         if cells:

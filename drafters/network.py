@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from specdec.drafters.growth import DraftRound, GrowingPolicy, Grown
+from specdec.int_tensor import int_tensor
 from specdec.interfaces import Noise, TreePolicy
 from specdec.model import PagedModel
 from specdec.packing import can_pack, pack_linears
@@ -31,7 +32,7 @@ class NetworkDrafter:
             raise ValueError(f"drafter {self.name} cannot follow the policy {type(policy).__name__}")
         limits = [max(min(policy.max_depth, one.max_draft_depth, self._limit(one)), 0) for one in sequences]
         if not any(limits):
-            return TokenTree.roots(torch.tensor([one.root for one in sequences], device=self.device), self.vocab_size)
+            return TokenTree.roots(int_tensor([one.root for one in sequences], self.device), self.vocab_size)
         grown = policy.grow(self._round(sequences, limits), noise)
         self._note(sequences, grown)
         return grown.tree
@@ -53,7 +54,7 @@ class NetworkRound:
     def __init__(self, drafter: NetworkDrafter, sequences: Seq[Sequence], limits: list[int]) -> None:
         self.sequences, self.limits = sequences, limits
         self.device, self.vocab_size = drafter.device, drafter.vocab_size
-        self.roots_B = torch.tensor([one.root for one in sequences], device=self.device)
+        self.roots_B = int_tensor([one.root for one in sequences], self.device)
         self._sampling: BatchSampling | None = None
 
     @property

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections import defaultdict, deque
 from collections.abc import Sequence as Seq
 
 import torch
 from torch import Tensor
 
 from specdec.drafters.growth import FixedPolicy, GrowingPolicy
+from specdec.int_tensor import int_tensor
 from specdec.interfaces import Commit, Noise, OffPages, TreePolicy
 from specdec.model import PagedModel
 from specdec.pages import PagePool
@@ -23,27 +23,42 @@ class NGramIndex:
 
     def __init__(self, min_ngram: int, max_ngram: int, max_matches: int) -> None:
         self.tokens: list[int] = []
-        self.max_ngram = max_ngram
-        self._sizes = range(max_ngram, min_ngram - 1, -1)
-        # The most recent places only: a token's place is the index behind the n-gram that ends before it.
-        self._places: dict[tuple[int, ...], deque[int]] = defaultdict(lambda: deque(maxlen=max_matches))
+        self.max_ngram, self._max_matches = max_ngram, max_matches
+        # By size, the largest first: the last place of every n-gram, and for each place the one before it of the same n-gram
+        # (-1: none). A place is the index behind the n-gram that ends before it.
+        self._places: list[tuple[int, dict[tuple[int, ...], int], list[int]]] = [
+            (size, {}, [-1] * size) for size in range(max_ngram, min_ngram - 1, -1)
+        ]
 
     def extend(self, tokens: Seq[int]) -> None:
         for token in tokens:
             place = len(self.tokens)
-            for size in self._sizes:
+            for size, last, before in self._places:
                 if size <= place:
-                    self._places[tuple(self.tokens[place - size :])].append(place)
+                    ngram = tuple(self.tokens[place - size :])
+                    before.append(last.get(ngram, -1))
+                    last[ngram] = place
             self.tokens.append(token)
 
     def matches(self, context: Seq[int]) -> list[int]:
         """Places that followed the end of `context` before, longest n-gram first, then most recent, without repeats."""
         found: dict[int, None] = {}
-        for size in self._sizes:
+        for size, last, before in self._places:
             if size <= len(context):
-                for place in reversed(self._places.get(tuple(context[len(context) - size :]), ())):
+                place = last.get(tuple(context[len(context) - size :]), -1)
+                for _ in range(self._max_matches):
+                    if place < 0:
+                        break
                     found.setdefault(place)
+                    place = before[place]
         return list(found)
+
+    def first_match(self) -> int | None:
+        """The first of the places that followed the end of the list before."""
+        for size, last, _ in self._places:
+            if size <= len(self.tokens) and (place := last.get(tuple(self.tokens[-size:]))) is not None:
+                return place
+        return None
 
     def overlap(self, place: int, at_most: int = 16) -> int:
         """How many tokens before `place` are those at the end of the list."""
@@ -107,6 +122,12 @@ class NGramDrafter(OffPages):
             return None
         return [self._merge(self._index(one), policy, one.max_draft_depth) for one in sequences]
 
+    def surest(self, sequence: Sequence) -> float:
+        """See `ReadyMade`."""
+        index = self._index(sequence)
+        place = index.first_match()
+        return 0.0 if place is None else _confidence(index.overlap(place), 0)
+
     def forget(self, sequence_ids: Seq[int]) -> None:
         for sequence_id in sequence_ids:
             self._indexes.pop(sequence_id, None)
@@ -118,7 +139,7 @@ class NGramDrafter(OffPages):
 
     def _merge(self, index: NGramIndex, policy: FixedPolicy, limit: int) -> tuple[list[int], list[int], list[float]]:
         """Tokens, parents and confidence of one tree: the continuations as paths, a new branch taking the next rank of its
-        parent. The longer the context that matches, drafted tokens included, the surer; a guess, and only its order counts."""
+        parent."""
         depth = min(policy.max_depth, limit)
         tokens, parents = [index.tokens[-1]], [-1]
         ranks: list[tuple[int, ...]] = [()]
@@ -139,12 +160,16 @@ class NGramDrafter(OffPages):
                     tokens.append(token)
                     parents.append(node)
                     ranks.append(rank)
-                    context = size + len(rank) - 1
-                    confidence.append(context / (context + 1) * 0.25 ** rank[-1])
+                    confidence.append(_confidence(size + len(rank) - 1, rank[-1]))
                 node = child
             if len(tokens) >= policy.max_nodes:
                 break
         return tokens, parents, confidence
+
+
+def _confidence(context: int, rank: int) -> float:
+    """The longer the context that matches, drafted tokens included, the surer; a guess, and only its order counts."""
+    return context / (context + 1) * 0.25**rank
 
 
 class _NGramRound:
@@ -152,7 +177,7 @@ class _NGramRound:
 
     def __init__(self, drafter: NGramDrafter, sequences: Seq[Sequence]) -> None:
         self._indexes = [drafter._index(one) for one in sequences]
-        self.roots_B = torch.tensor([one.root for one in sequences], device=drafter._device)
+        self.roots_B = int_tensor([one.root for one in sequences], drafter._device)
         self.limits = [one.max_draft_depth for one in sequences]
         self.vocab_size = drafter._vocab_size
 

@@ -44,6 +44,11 @@ class UnionDrafter:
         self.overlap = max(one.overlap for one in drafters)
 
     @property
+    def is_ready(self) -> bool:
+        """Whether `look` tells all there is: no drafter needs a model."""
+        return self._num_ready == len(self.members)
+
+    @property
     def drafters(self) -> list[Drafter]:
         return [member.drafter for member in self.members]
 
@@ -63,14 +68,18 @@ class UnionDrafter:
         self._ask(self.members, sequences, drafts, limits, policy, noise)
         return self.tree(self.join(sequences, drafts, policy))
 
-    def look(self, sequences: Seq[Sequence], policy: TreePolicy, noise: Noise) -> list[list[Draft]]:
+    def look(self, sequences: Seq[Sequence], policy: TreePolicy, noise: Noise, least: float = 0.0) -> list[list[Draft]]:
         """What the first drafters, those that need no model, have for each sequence: an answer that costs next to nothing,
-        from which it may be seen whether to ask the others."""
+        from which it may be seen whether to ask the others. Of sequences where a drafter's first guess is less than `least`
+        likely to be right, it has nothing."""
         check_policy(policy)
         drafts: list[list[Draft]] = [[] for _ in sequences]
         for member in self.members[: self._num_ready]:
-            for found, draft in zip(drafts, member.propose(sequences, policy, noise), strict=True):
-                found.append(draft)
+            rows = [row for row, one in enumerate(sequences) if least <= 0 or member.surest(one) >= least]
+            if rows:
+                asked = [sequences[row] for row in rows]
+                for row, draft in zip(rows, member.propose(asked, policy, noise), strict=True):
+                    drafts[row].append(draft)
         return drafts
 
     def complete(
@@ -140,6 +149,11 @@ def join(first: Drafter, second: Drafter, enough: float) -> UnionDrafter:
 def joined(root: int, drafts: Seq[Draft], max_nodes: int, is_chain: bool = False) -> Joined:
     """Tokens, parents and probabilities behind the parent (root: NaN) of one tree from several, the likeliest nodes first;
     of equally likely ones those of the earlier drafter."""
+    drafts = [draft for draft in drafts if len(draft.tokens) > 1]
+    if not drafts:
+        return [root], [-1], [math.nan]
+    if len(drafts) == 1 and len(drafts[0].tokens) <= max_nodes and not is_chain:
+        return drafts[0].tokens, drafts[0].parents, [math.nan, *drafts[0].edges[1:]]
     tokens, parents, edges = [root], [-1], [math.nan]
     child_of: dict[tuple[int, int], int] = {}
     for draft in drafts:

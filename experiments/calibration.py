@@ -11,7 +11,7 @@ from collections.abc import Generator
 from collections.abc import Sequence as Seq
 from contextlib import closing
 from pathlib import Path
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 from rich.console import Console
@@ -36,8 +36,9 @@ from specdec.verifiers import Follow, Verifier
 ROWS = (1, 2, 4, 8, 16, 32, 64)
 _SOURCES = ("attention", "cost", "decoder", "engine", "kv_cache", "model", "packing")
 # What is measured, and how: whatever an earlier version has remembered is measured anew.
-_VERSION = 2
+_VERSION = 3
 _REPEATS, _WARM_UP = 3, 2
+_STEADY = 1.3
 _CONTEXT = 512
 
 
@@ -46,21 +47,35 @@ def calibrated_costs(
 ) -> CostModel:
     """The costs of this target and drafter, as remembered or else measured now (seconds to a minute).
 
-    `names` say what drafter and policy are. The drafter is bound to an engine of its own for the measurement: bind it again
-    afterwards.
+    What was measured while the machine had other work is used, since every step corrects it, but not remembered. `names` say
+    what drafter and policy are. The drafter is bound to an engine of its own for the measurement: bind it again afterwards.
     """
     threads, device = torch.get_num_threads(), device_name(target.device)
     key = [_VERSION, str(target.dtype), target.numerics, threads, device, *names, max_batch_size]
     record = record_of(target, "costs", _SOURCES, *key)
     if (known := _remembered(record)) is not None:
         return known
-    with Console(stderr=True).status("measuring what steps cost: once for this model, drafter and machine"):
-        costs = measure_costs(target, drafter, policy, max_batch_size)
-    remember(record, target, costs=costs.to_dict())
-    return costs
+    console = Console(stderr=True)
+    with console.status("measuring what steps cost: once for this model, drafter and machine"):
+        measured = measure_costs(target, drafter, policy, max_batch_size)
+    if measured.unrest <= _STEADY:
+        remember(record, target, costs=measured.costs.to_dict())
+    else:
+        console.print(
+            f"[yellow]steps of one size took {measured.unrest:.1f} times as long as the quickest of them: the machine is "
+            f"busy, so costs will be measured again next time"
+        )
+    return measured.costs
 
 
-def measure_costs(target: PagedModel, drafter: Drafter, policy: TreePolicy, max_batch_size: int) -> CostModel:
+class Measured(NamedTuple):
+    """Costs, and how many times as long as the quickest step of its size the middle one took, at the middle of all sizes."""
+
+    costs: CostModel
+    unrest: float
+
+
+def measure_costs(target: PagedModel, drafter: Drafter, policy: TreePolicy, max_batch_size: int) -> Measured:
     """Runs whole steps of an engine on made-up prompts: trees of every size, drafts of several depths, one sequence and
     several, a short context and a long one. The median of each is fitted."""
     longest = target.max_positions or 1 << 20
@@ -81,7 +96,7 @@ def measure_costs(target: PagedModel, drafter: Drafter, policy: TreePolicy, max_
             for _ in stream:
                 if probe.is_done:
                     break
-    return probe.costs()
+    return Measured(probe.costs(), probe.unrest())
 
 
 class _Room:
@@ -145,6 +160,10 @@ class _Probe:
         target = [(size, statistics.median(seconds)) for size, seconds in self._target.items()]
         draft = [(size, statistics.median(seconds)) for size, seconds in self._draft.items()]
         return CostModel(TargetCost.fit(target), DraftCost.fit(draft))
+
+    def unrest(self) -> float:
+        """See `Measured`; of what runs alone, steps of one size are within a few per cent of each other."""
+        return statistics.median(statistics.median(seconds) / min(seconds) for seconds in self._target.values())
 
     def _time_draft(self, sequences: list[Sequence], drafter: Drafter, noise: Noise) -> bool:
         depth = next(self._depths)

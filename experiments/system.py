@@ -8,7 +8,8 @@ from typing import Any
 
 from specdec.config import DrafterConfig, EngineConfig, StandInConfig, SystemConfig, TargetConfig, UnionConfig
 from specdec.drafters.adaptive import AdaptiveSpeculation
-from specdec.drafters.union import check_policy
+from specdec.drafters.member import ReadyMade
+from specdec.drafters.union import UnionDrafter, check_policy
 from specdec.engine import Engine
 from specdec.experiments.building import build, describe
 from specdec.experiments.calibration import calibrated_costs
@@ -39,25 +40,29 @@ class System:
     def engine(self, target: PagedModel, config: EngineConfig) -> Engine:
         """Raises ValueError for an unknown `speculation`; an adaptive one may measure costs first."""
         check_speculation(config)
-        verifier = Verifier(target, self.rule, allow_lossy=self.allow_lossy)
+        verifier, drafter = Verifier(target, self.rule, allow_lossy=self.allow_lossy), self.drafter
+        is_fixed = config.speculation == "fixed"
+        if not is_fixed and isinstance(drafter, ReadyMade) and self.policy and not self.policy.spec.is_sampled:
+            # What is there at once is verified as far as it pays; there is nothing to choose before.
+            drafter = UnionDrafter([drafter])
         return Engine(
             verifier,
-            self.drafter,
+            drafter,
             self.policy,
             max_batch_size=config.max_batch_size,
             prefill_chunk=config.prefill_chunk,
             page_size=config.page_size,
             num_pages=config.num_pages,
-            speculation=self._speculation(target, config),
+            speculation=None if is_fixed else self._speculation(target, config, drafter),
             share_prefixes=config.share_prefixes,
             cuda_graphs=config.cuda_graphs,
         )
 
-    def _speculation(self, target: PagedModel, config: EngineConfig) -> Speculation | None:
-        if config.speculation == "fixed" or self.drafter is None or self.policy is None:
+    def _speculation(self, target: PagedModel, config: EngineConfig, drafter: Drafter | None) -> Speculation | None:
+        if drafter is None or self.policy is None:
             return None
         names = [str(self.labels.get(name)) for name in ("drafter", "policy")]
-        costs = calibrated_costs(target, self.drafter, self.policy, names, config.max_batch_size)
+        costs = calibrated_costs(target, drafter, self.policy, names, config.max_batch_size)
         return AdaptiveSpeculation(self.policy, costs, self.rule.accepts, device=target.device)
 
 

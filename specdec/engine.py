@@ -9,10 +9,9 @@ from collections.abc import Iterator
 from collections.abc import Sequence as Seq
 from dataclasses import replace
 
-import torch
-
 from specdec.graphs import ForwardGraphs
 from specdec.handle import Handle
+from specdec.int_tensor import int_tensor
 from specdec.interfaces import Commit, Drafter, Speculation, TreePolicy, Verdict, Verifier
 from specdec.kv_cache import KVCache
 from specdec.metrics import EngineMetrics, StepTimes
@@ -254,7 +253,7 @@ class Engine:
         else:
             bare = step.verifying
         if bare:
-            roots = torch.tensor([one.root for one in bare], device=self.target.device)
+            roots = int_tensor([one.root for one in bare], self.target.device)
             trees.append(TokenTree.roots(roots, self.target.vocab_size))
         return TokenTree.concat(trees) if trees else None
 
@@ -270,7 +269,7 @@ class Engine:
         out: list[Token] = []
         if tree is None:
             return out
-        depths = tree.depth_BN.amax(1).tolist()
+        depths = tree.depth_BN.amax(1).tolist() if tree.max_nodes > 1 else [0] * tree.batch_size
         sizes = tree.num_nodes_B.tolist()
         for row, one in enumerate(step.verifying):
             request, path = requests[one.id], verdict.paths[row]

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from specdec.int_tensor import int_tensor
 from specdec.kernels.kv_write import kv_write
 from specdec.kernels.path_commit import path_commit
 from specdec.pages import PagePool, PageTable
@@ -69,7 +70,7 @@ class KVCache:
         """Copies slots to slots in every layer: how an accepted path reaches its positions."""
         pairs = [(s, t) for s, t in zip(source, target, strict=True) if s != t]
         if pairs:
-            sources, targets = torch.tensor(pairs, device=self.device).unbind(1)
+            sources, targets = int_tensor(pairs, self.device).unbind(1)
             path_commit((*self._keys_LSGE, *self._values_LSGE), sources[None], targets[None])
 
     def gather(self, layer: int, table: PageTable, num_tokens: int) -> tuple[Tensor, Tensor]:

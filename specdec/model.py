@@ -15,6 +15,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from specdec.attention import ATTENTION_NAME, TreeContext, UnsupportedModelError, register
 from specdec.decoder import FastDecoder, NotServed
+from specdec.int_tensor import int_tensor
 from specdec.interfaces import ForwardResult
 from specdec.kernels.tree_attention import AttentionPlan, SequencePlan
 from specdec.kv_cache import KVCache
@@ -265,7 +266,7 @@ def plan_attention(segments: Seq[Segment], device: torch.device) -> AttentionPla
         assert keys <= segment.table.capacity, f"{keys} keys do not fit {segment.table.capacity} reserved slots"
         first, size = segment.table.first_slot, segment.table.pool.page_size
         if first is None:
-            pages = torch.tensor(segment.table.pages, device=device)
+            pages = int_tensor(segment.table.pages, device)
             own = (pages[:, None] * size + torch.arange(size, device=device)).flatten()[:keys]
         else:
             own = torch.arange(first, first + keys, device=device)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from specdec.int_tensor import int_tensor
 from specdec.kernels.dispatch import use_triton
 from specdec.kernels.sampling import RowKeys, draw
 from specdec.kernels.sampling.reference import gumbel_max
@@ -64,20 +66,30 @@ class CounterNoise:
     def __init__(
         self, seeds: Seq[int], rounds: Seq[int], positions: Seq[int], device: torch.device | str = "cpu"
     ) -> None:
-        self.seeds_B = torch.tensor([_signed(seed) for seed in seeds], dtype=torch.int64, device=device)
-        self.rounds_B = torch.tensor(list(rounds), dtype=torch.int64, device=device)
-        self.positions_B = torch.tensor(list(positions), dtype=torch.int64, device=device)
+        self._seeds, self._rounds, self._positions = list(seeds), list(rounds), list(positions)
+        self.device = torch.device(device)
+        if self.device.type != "cpu":
+            # A copy from the host waits for what runs on the device: it must not come behind a forward.
+            _ = self.seeds_B, self.rounds_B, self.positions_B
 
     def select(self, rows: Seq[int]) -> CounterNoise:
         """The noise of some rows alone, for a drafter that works on part of the batch."""
-        part = object.__new__(CounterNoise)
-        index = torch.tensor(list(rows), dtype=torch.int64, device=self.seeds_B.device)
-        part.seeds_B, part.rounds_B, part.positions_B = (
-            self.seeds_B[index],
-            self.rounds_B[index],
-            self.positions_B[index],
-        )
-        return part
+        each = (self._seeds, self._rounds, self._positions)
+        seeds, rounds, positions = ([values[row] for row in rows] for values in each)
+        return CounterNoise(seeds, rounds, positions, self.device)
+
+    # On the host made when they are asked for: greedy decoding never does.
+    @cached_property
+    def seeds_B(self) -> Tensor:
+        return int_tensor([_signed(seed) for seed in self._seeds], self.device)
+
+    @cached_property
+    def rounds_B(self) -> Tensor:
+        return int_tensor(self._rounds, self.device)
+
+    @cached_property
+    def positions_B(self) -> Tensor:
+        return int_tensor(self._positions, self.device)
 
     def keys(self, key: Key, rows: Tensor) -> RowKeys:
         """What each row's number is hashed from, for the kernels that do so themselves."""

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import secrets
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from specdec.int_tensor import int_tensor
 from specdec.kernels.dispatch import use_triton
 from specdec.kernels.sampling import RowKeys, RowParams, laws, sample
 from specdec.kernels.sampling.reference import laws_reference, one_hot
@@ -215,10 +218,15 @@ class ModelLaws:
         self, logits_TV: Tensor, tree: TokenTree, sampling: BatchSampling, dtype: torch.dtype = torch.float32
     ) -> None:
         self.logits_TV, self.tree, self.sampling, self.dtype = logits_TV, tree, sampling, dtype
-        self.first_B = tree.num_nodes_B.cumsum(0) - tree.num_nodes_B
+        self._first: list[int] | None = None
         self._nodes_B: Tensor | None = None
         self._probs_BV: Tensor | None = None
         self._packed_TV: Tensor | None = None
+
+    @cached_property
+    def first_B(self) -> Tensor:
+        """The row of each tree's root."""
+        return self.tree.num_nodes_B.cumsum(0) - self.tree.num_nodes_B
 
     def at(self, nodes_B: Tensor) -> Tensor:
         """Laws [B, V] at one node of each tree."""
@@ -252,10 +260,20 @@ class ModelLaws:
             self._packed_TV = self._laws(*self._places())
         return self._packed_TV
 
-    def largest(self, nodes_R: Tensor, rows_R: Tensor) -> Tensor:
-        """The token [R] with the largest logit at one node of each of some trees, the first of equal ones."""
+    def largest(self, nodes: Seq[int], rows: Seq[int]) -> list[int]:
+        """The token with the largest logit at one node of each of some trees, the first of equal ones."""
+        if self._first is None:
+            self._first = [0, *itertools.accumulate(self.tree.num_nodes_B.tolist())]
+        places = [self._first[row] + node for row, node in zip(rows, nodes, strict=True)]
+        if len(places) == 1:
+            logits_RV = self.logits_TV[places[0] : places[0] + 1]
+        elif len(places) == len(self.logits_TV):
+            # One node of each tree and no other: they have no more.
+            logits_RV = self.logits_TV
+        else:
+            logits_RV = self.logits_TV.index_select(0, int_tensor(places, self.logits_TV.device))
         # max finds the same index as argmax, on the CPU in a third of the time.
-        return self.logits_TV.index_select(0, self.first_B[rows_R] + nodes_R).to(self.dtype).max(-1).indices
+        return [int(token) for token in logits_RV.to(self.dtype).max(-1).indices.tolist()]
 
     def drawn(self, keys: Callable[[Tensor, Tensor], RowKeys]) -> Tensor:
         """A token [T] from the law of every real node; `keys` tells of rows [T] and depths [T] what each draw is keyed by."""

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from specdec.draws import DrawKind as DrawKind
 from specdec.draws import TreeSpec as TreeSpec
+from specdec.int_tensor import int_tensor
 from specdec.tree_checks import check_tree
 
 
@@ -124,7 +125,7 @@ class TokenTree:
         if num_nodes_B is None:
             num_nodes_B = torch.full((batch,), nodes, dtype=torch.int64, device=tokens_BN.device)
         index = torch.arange(1, nodes, device=tokens_BN.device).expand(batch, -1)
-        draws = torch.where(index < num_nodes_B[:, None], index, -1)
+        draws = torch.where(index < num_nodes_B[:, None], index, -1) if nodes > 1 else index
         kinds = torch.full_like(draws, DrawKind.FIXED)
         return TokenTree(
             tokens_BN, parents_BN, num_nodes_B, draws, kinds, vocab_size=vocab_size, confidence_BN=confidence_BN
@@ -156,9 +157,9 @@ class TokenTree:
     ) -> TokenTree:
         """FIXED trees from ragged host lists of (tokens, parents), padded to the largest."""
         width = max(len(tokens) for tokens, _ in rows)
-        tokens_BN = torch.tensor([tokens + [0] * (width - len(tokens)) for tokens, _ in rows], device=device)
-        parents_BN = torch.tensor([parents + [-1] * (width - len(parents)) for _, parents in rows], device=device)
-        num_nodes_B = torch.tensor([len(tokens) for tokens, _ in rows], device=device)
+        tokens_BN = int_tensor([tokens + [0] * (width - len(tokens)) for tokens, _ in rows], device)
+        parents_BN = int_tensor([parents + [-1] * (width - len(parents)) for _, parents in rows], device)
+        num_nodes_B = int_tensor([len(tokens) for tokens, _ in rows], device)
         confidence_BN = None
         if confidence is not None:
             filled = [[*one, *[torch.nan] * (width - len(one))] for one in confidence]

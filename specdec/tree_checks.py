@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,6 +16,46 @@ if TYPE_CHECKING:
 
 def check_tree(tree: TokenTree) -> None:
     """Raises ValueError naming row and value where a tree breaks a rule of `TokenTree`."""
+    if not _is_plainly_right(tree):
+        _find_fault(tree)
+
+
+def _is_plainly_right(tree: TokenTree) -> bool:
+    """Whether trees on the host without chance keep all rules: what most trees are, seen in a tenth of the time that it
+    takes to look for faults."""
+    if tree.draft_laws_BNV is not None or tree.tokens_BN.device.type != "cpu" or tree.tokens_BN.ndim != 2:
+        return False
+    tensors = (tree.tokens_BN, tree.parents_BN, tree.num_nodes_B, tree.draws_BM, tree.kinds_BM)
+    if any(one.dtype != torch.int64 or one.device.type != "cpu" for one in tensors):
+        return False
+    tokens_BN, parents_BN, num_nodes_B, draws_BM, kinds_BM = (one.numpy() for one in tensors)
+    batch, nodes = tokens_BN.shape
+    shapes = parents_BN.shape, num_nodes_B.shape, draws_BM.shape, kinds_BM.shape
+    if shapes != ((batch, nodes), (batch,), (batch, nodes - 1), (batch, nodes - 1)) or not batch or not nodes:
+        return False
+    if tree.confidence_BN is not None and tree.confidence_BN.shape != (batch, nodes):
+        return False
+    index_N = np.arange(nodes)
+    inside_BN = index_N < num_nodes_B[:, None]
+    real_BN = np.where(inside_BN, tokens_BN, 0)
+    vocab = (1 << 31) if tree.vocab_size is None else tree.vocab_size
+    if num_nodes_B.min() < 1 or num_nodes_B.max() > nodes or real_BN.min() < 0 or real_BN.max() >= vocab:
+        return False
+    if nodes == 1:
+        return bool((parents_BN == -1).all())
+    inside_BM, index_M = inside_BN[:, 1:], index_N[1:]
+    above_BM = parents_BN[:, 1:]
+    is_above_BM = np.where(inside_BM, (above_BM >= 0) & (above_BM < index_M), above_BM == -1)
+    is_drawn_BM = (draws_BM == np.where(inside_BM, index_M, -1)) & (kinds_BM == DrawKind.FIXED)
+    if not (is_above_BM & is_drawn_BM).all() or (parents_BN[:, 0] != -1).any():
+        return False
+    # One integer per (parent, token), and one of its own for padding.
+    label_BM = np.where(inside_BM, above_BM * (1 << 32) + tokens_BN[:, 1:], -index_M)
+    label_BM.sort(1)
+    return not (label_BM[:, 1:] == label_BM[:, :-1]).any()
+
+
+def _find_fault(tree: TokenTree) -> None:
     batch, nodes = tree.tokens_BN.shape if tree.tokens_BN.ndim == 2 else (0, 0)
     if nodes < 1 or tree.parents_BN.shape != (batch, nodes) or tree.num_nodes_B.shape != (batch,):
         raise ValueError(

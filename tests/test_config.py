@@ -136,6 +136,7 @@ def test_adaptive_speculation_is_calibrated_once(
     drafter: str, model_folder: str, drafts: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SPECDEC_CACHE", str(tmp_path))
+    monkeypatch.setattr("specdec.experiments.calibration._Probe.unrest", lambda probe: 1.0)
     typed = compose("generate", f"drafter={drafter}", f"draft={drafts[drafter]}", "engine.speculation=adaptive")
     target, system = PagedModel.load(model_folder), load_system(typed)
     engine = system.engine(target, typed.engine)
@@ -146,6 +147,29 @@ def test_adaptive_speculation_is_calibrated_once(
     monkeypatch.setattr("specdec.experiments.calibration.measure_costs", lambda *args: 1 / 0)
     again = system.engine(target, typed.engine)
     assert again.speculation.costs.to_dict() == engine.speculation.costs.to_dict()
+
+
+def test_what_a_busy_machine_says_of_costs_is_not_kept(
+    model_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("SPECDEC_CACHE", str(tmp_path))
+    typed = compose("generate", "drafter=ngram", "engine.speculation=adaptive")
+    target, system = PagedModel.load(model_folder), load_system(typed)
+    for unrest in (2.0, 1.0):
+        monkeypatch.setattr("specdec.experiments.calibration._Probe.unrest", lambda probe, found=unrest: found)
+        system.engine(target, typed.engine)
+        assert len(list((tmp_path / "costs").glob("*.json"))) == (unrest == 1.0)
+        assert ("measured again next time" in capsys.readouterr().err) == (unrest == 2.0)
+
+
+def test_unrest_is_how_much_longer_the_middle_step_of_a_size_takes_than_the_quickest() -> None:
+    from specdec.cost import TargetSize
+    from specdec.drafters import chain
+    from specdec.experiments.calibration import _Probe
+
+    probe = _Probe(chain(2), 100)
+    probe._target |= {TargetSize(1): [1.0, 1.0, 9.0], TargetSize(2): [3.0, 1.0, 2.0], TargetSize(4): [4.0, 4.4, 4.4]}
+    assert probe.unrest() == pytest.approx(1.1)
 
 
 def test_a_union_takes_any_two_drafters(model_folder: str, drafts: dict[str, str]) -> None:

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from specdec import tree_checks
 from specdec.tree import DrawKind, TokenTree, TreeSpec
 
 FIXED, IID, WITHOUT = DrawKind.FIXED, DrawKind.IID, DrawKind.WITHOUT_REPLACEMENT
@@ -357,3 +358,35 @@ def test_siblings_that_no_rule_has_a_meaning_for_are_refused() -> None:
         _siblings([IID, FIXED], [0, 0.5, 0.5, 0])
     with pytest.raises(ValueError, match="vocab_size=9 differs from the 4 tokens"):
         _siblings([IID, IID], [0, 0.5, 0.5, 0], vocab_size=9)
+
+
+def test_the_quick_look_passes_no_tree_that_has_a_fault() -> None:
+    """Trees with one entry changed at random: whichever has a fault is refused, and most of the sound ones need one look."""
+    chance, num_faults, num_quick = random.Random(0), 0, 0
+    for _ in range(600):
+        sizes = [chance.randint(1, 5) for _ in range(2)]
+        rows = [([chance.randrange(VOCAB)], [-1]) for _ in sizes]
+        for (tokens, parents), size in zip(rows, sizes, strict=True):
+            while len(tokens) < size:
+                token, parent = chance.randrange(VOCAB), chance.randrange(len(tokens))
+                if (token, parent) not in zip(tokens, parents, strict=True):
+                    tokens.append(token)
+                    parents.append(parent)
+        tree = TokenTree.from_lists(rows, VOCAB)
+        names = ["tokens_BN", "parents_BN", "num_nodes_B", *(["draws_BM", "kinds_BM"] if tree.max_nodes > 1 else [])]
+        for name in names:
+            values = getattr(tree, name).clone()
+            at = tuple(chance.randrange(size) for size in values.shape)
+            values[at] = chance.randint(-2, VOCAB)
+            changed = object.__new__(TokenTree)
+            changed.__dict__.update(tree.__dict__ | {name: values})
+            # What was derived is that of the tree before.
+            changed.__dict__.pop("is_node_BN", None)
+            try:
+                tree_checks._find_fault(changed)
+            except ValueError:
+                num_faults += 1
+                assert not tree_checks._is_plainly_right(changed), (name, at, values)
+            else:
+                num_quick += tree_checks._is_plainly_right(changed)
+    assert num_faults > 600 and num_quick > 300

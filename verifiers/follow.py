@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import torch
-
+from specdec.int_tensor import int_tensor
 from specdec.interfaces import Acceptance, Noise, TargetLaws
 from specdec.noise import PositionKey
 from specdec.sampling import ModelLaws
@@ -33,14 +32,14 @@ class Follow:
         parents, tokens = tree.parents_BN.tolist(), tree.tokens_BN.tolist()
         rows, paths, next_tokens = list(range(tree.batch_size)), [[0] for _ in parents], [0] * tree.batch_size
         for depth in range(tree.max_nodes):
-            rows_R = torch.tensor(rows, device=tree.device)
             if certain is not None:
-                tokens_R = certain.largest(torch.tensor([paths[row][-1] for row in rows], device=tree.device), rows_R)
+                drawn = certain.largest([paths[row][-1] for row in rows], rows)
             else:
-                laws_BV = laws.at(torch.tensor([path[-1] for path in paths], device=tree.device))
-                tokens_R = noise.categorical(laws_BV[rows_R], PositionKey(depth), rows_R)
+                rows_R = int_tensor(rows, tree.device)
+                laws_BV = laws.at(int_tensor([path[-1] for path in paths], tree.device))
+                drawn = noise.categorical(laws_BV[rows_R], PositionKey(depth), rows_R).tolist()
             going = []
-            for row, token in zip(rows, tokens_R.tolist(), strict=True):
+            for row, token in zip(rows, drawn, strict=True):
                 next_tokens[row], node = token, paths[row][-1]
                 child = _child(parents[row], tokens[row], node, token)
                 if child is not None:
@@ -51,9 +50,9 @@ class Follow:
                 break
         width = max(map(len, paths))
         return Acceptance(
-            torch.tensor([path + [-1] * (width - len(path)) for path in paths], device=tree.device),
-            torch.tensor([len(path) - 1 for path in paths], device=tree.device),
-            torch.tensor(next_tokens, device=tree.device),
+            int_tensor([path + [-1] * (width - len(path)) for path in paths], tree.device),
+            int_tensor([len(path) - 1 for path in paths], tree.device),
+            int_tensor(next_tokens, tree.device),
         )
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 
 import torch
 
+from specdec.int_tensor import int_tensor
 from specdec.interfaces import Acceptance, AcceptanceRule, Noise, Verdict
 from specdec.kv_cache import KVCache
 from specdec.metrics import StepTimes
@@ -53,15 +55,16 @@ class Verifier:
         start = time.perf_counter()
         segments, wanted, row = [], [], 0
         place = {one.id: i for i, one in enumerate(plan.verifying)}
+        counts = [] if tree is None else tree.num_nodes_B.tolist()
         root_rows: dict[int, int] = {}
         for one, chunk in zip(plan.sequences, plan.chunks, strict=True):
-            segment = _segment(one, chunk, tree, place.get(one.id), self.target.device)
-            segments.append(segment)
-            if one.id in place:
+            tree_row = place.get(one.id)
+            count = 0 if tree_row is None else counts[tree_row]
+            segments.append(_segment(one, chunk, tree, tree_row, count, self.target.device))
+            if tree_row is not None:
                 root_rows[one.id] = row + chunk
-            row += len(segment.token_ids_Q)
+            row += chunk + count
         if tree is not None:
-            counts = tree.num_nodes_B.tolist()
             wanted = [
                 root_rows[one.id] + n for one, count in zip(plan.verifying, counts, strict=True) for n in range(count)
             ]
@@ -70,7 +73,7 @@ class Verifier:
             if tree.device.type != "cpu":
                 _ = tree.spec, tree.depth_BN
         prepared = time.perf_counter()
-        rows = torch.tensor(wanted, dtype=torch.int64, device=self.target.device)
+        rows = int_tensor(wanted, self.target.device)
         result = self.target.forward(segments, cache, rows, feature_layers)
         done = time.perf_counter()
         times.other_s += prepared - start
@@ -96,13 +99,9 @@ class Verifier:
         logits_RV: torch.Tensor,
         cache: KVCache,
     ) -> Verdict:
-        # One transfer: each would wait for the device.
-        first_B = tree.num_nodes_B.cumsum(0) - tree.num_nodes_B
-        columns = torch.stack([acceptance.num_accepted_B, acceptance.next_token_B, first_B], 1)
-        rows = torch.cat([columns, tree.tokens_BN, acceptance.path_BK], 1).tolist()
-        accepted, extra, first = zip(*(row[:3] for row in rows), strict=True)
-        drafted = [row[3 : 3 + tree.max_nodes] for row in rows]
-        paths = [row[3 + tree.max_nodes :][: count + 1] for row, count in zip(rows, accepted, strict=True)]
+        accepted, extra, sizes, drafted, every = _on_host(tree, acceptance)
+        first = [0, *itertools.accumulate(sizes[:-1])]
+        paths = [row[: count + 1] for row, count in zip(every, accepted, strict=True)]
         tokens = [[row[n] for n in path[1:]] + [t] for row, path, t in zip(drafted, paths, extra, strict=True)]
         source, target = [], []
         for one, path in zip(sequences, paths, strict=True):
@@ -118,6 +117,21 @@ class Verifier:
         return Verdict(paths, tokens, logprobs)
 
 
+def _on_host(
+    tree: TokenTree, acceptance: Acceptance
+) -> tuple[list[int], list[int], list[int], list[list[int]], list[list[int]]]:
+    """Per row: how many drafted tokens were accepted, the extra token, the number of nodes, their tokens, the padded path."""
+    columns = acceptance.num_accepted_B, acceptance.next_token_B, tree.num_nodes_B
+    if tree.device.type == "cpu":
+        accepted, extra, sizes = (one.tolist() for one in columns)
+        return accepted, extra, sizes, tree.tokens_BN.tolist(), acceptance.path_BK.tolist()
+    # One transfer: each would wait for the device.
+    rows = torch.cat([torch.stack(columns, 1), tree.tokens_BN, acceptance.path_BK], 1).tolist()
+    accepted, extra, sizes = (list(one) for one in zip(*(row[:3] for row in rows), strict=True))
+    behind = 3 + tree.max_nodes
+    return accepted, extra, sizes, [row[3:behind] for row in rows], [row[behind:] for row in rows]
+
+
 def _kept(states_QD: torch.Tensor, chunk: int, path: list[int]) -> torch.Tensor:
     """The states of a chunk and of the path in the tree behind it: a view where they stand in a row."""
     count = chunk + len(path)
@@ -126,19 +140,22 @@ def _kept(states_QD: torch.Tensor, chunk: int, path: list[int]) -> torch.Tensor:
     return states_QD[[*range(chunk), *(chunk + n for n in path)]]
 
 
-def _segment(one: Sequence, chunk: int, tree: TokenTree | None, row: int | None, device: torch.device) -> Segment:
-    """A sequence's prompt chunk followed by its tree, if it has one in this step."""
+def _segment(
+    one: Sequence, chunk: int, tree: TokenTree | None, row: int | None, count: int, device: torch.device
+) -> Segment:
+    """A sequence's prompt chunk followed by the `count` nodes of its tree, if it has one in this step."""
     start = one.num_computed
-    prompt = torch.tensor(one.token_ids[start : start + chunk], dtype=torch.int64, device=device)
-    positions = torch.arange(start, start + chunk, device=device)
-    if row is None or tree is None:
-        return Segment(one.table, start, prompt, positions)
-    count = int(tree.num_nodes_B[row])
-    tokens = torch.cat([prompt, tree.tokens_BN[row, :count]])
-    if count == 1:
-        return Segment(one.table, start, tokens, torch.arange(start, start + chunk + 1, device=device))
+    if tree is None or row is None or count == 1:
+        # A root is the last of the final tokens.
+        end = start + chunk + count
+        tokens = int_tensor(one.token_ids[start:end], device)
+        return Segment(one.table, start, tokens, torch.arange(start, end, device=device))
     # The tree sees the chunk before it, and within itself only ancestors.
     assert chunk == 0, "trees of drafted nodes grow only where the prompt is computed"
     return Segment(
-        one.table, start, tokens, start + tree.depth_BN[row, :count], tree.ancestors_BNN[row, :count, :count]
+        one.table,
+        start,
+        tree.tokens_BN[row, :count],
+        start + tree.depth_BN[row, :count],
+        tree.ancestors_BNN[row, :count, :count],
     )
