@@ -21,7 +21,7 @@ $(STAMP): pyproject.toml constraints.txt
 
 demo: export PROMPT := $(PROMPT)
 demo: $(STAMP)  ## generate with and without drafts and compare (PROMPT=... to choose the prompt)
-	$(BIN)/specdec generate compare=true engine.speculation=adaptive "prompt=$$PROMPT"
+	$(BIN)/specdec generate compare=true "prompt=$$PROMPT"
 
 test: lint typecheck  ## everything that must pass before a commit
 	$(BIN)/pytest -q -n logical --dist loadfile

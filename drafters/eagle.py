@@ -141,8 +141,9 @@ class EagleDrafter(LevelDrafter):
             state.hidden = []
 
     @torch.inference_mode()
-    def run(self, segments: Seq[Segment], features_TD: Tensor) -> Tensor:
-        """One forward of the head over the packed entries of all segments; their keys and values are in the cache then."""
+    def run(self, segments: Seq[Segment], features_TD: Tensor, rows_R: Tensor | None = None) -> Tensor:
+        """One forward of the head over the packed entries of all segments, whose keys and values are in the cache then: what it
+        gives at the packed rows `rows_R` (None: at all)."""
         assert self._cache is not None, "bind() comes first"
         cache, plan = self._cache, plan_attention(segments, self.device)
         if cache.graphs is not None:
@@ -152,12 +153,19 @@ class EagleDrafter(LevelDrafter):
 
             replayed = cache.graphs.run(self.name, segments, plan, cache.scratch_slot, body, (features_TD,))
             if replayed is not None:
-                return replayed[0]
+                return replayed[0] if rows_R is None else replayed[0][rows_R]
         tokens_T = torch.cat([segment.token_ids_Q for segment in segments])
         positions_T = torch.cat([segment.positions_Q for segment in segments])
-        return self._run(tokens_T, features_TD, positions_T, plan)
+        return self._run(tokens_T, features_TD, positions_T, plan, rows_R)
 
-    def _run(self, tokens_T: Tensor, features_TD: Tensor, positions_T: Tensor, plan: AttentionPlan) -> Tensor:
+    def _run(
+        self,
+        tokens_T: Tensor,
+        features_TD: Tensor,
+        positions_T: Tensor,
+        plan: AttentionPlan,
+        rows_R: Tensor | None = None,
+    ) -> Tensor:
         cache = self._cache
         assert cache is not None
 
@@ -167,8 +175,9 @@ class EagleDrafter(LevelDrafter):
 
         embed = self._target.embed if self._served.embed_tokens is None else self._served.embed_tokens
         if self._fused is not None:
-            return self._fused.run(embed(tokens_T), features_TD, positions_T, plan, cache)
-        return self._served(embed(tokens_T), features_TD, positions_T, attend)
+            return self._fused.run(embed(tokens_T), features_TD, positions_T, plan, cache, rows_R)
+        states_TD = self._served(embed(tokens_T), features_TD, positions_T, attend)
+        return states_TD if rows_R is None else states_TD[rows_R]
 
     @torch.inference_mode()
     def answer(self, hidden_TD: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -239,7 +248,7 @@ class _EagleRound(LevelRound):
     def run_chunk(self, segments: list[Segment], spans: list[Span], rows_R: Tensor) -> Tensor:
         self._eagle.fuse([self._states[span.row] for span in spans])
         features = torch.cat([self._states[span.row].take(span.start, span.end) for span in spans])
-        return self._eagle.run(segments, features)[rows_R]
+        return self._eagle.run(segments, features, rows_R)
 
     def _next(self, hidden_BWD: Tensor) -> NextLogits:
         return NextLogits(self, *self._eagle.answer(hidden_BWD))

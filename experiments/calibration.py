@@ -38,7 +38,8 @@ _SOURCES = ("attention", "cost", "decoder", "engine", "kv_cache", "model", "pack
 # What is measured, and how: whatever an earlier version has remembered is measured anew.
 _VERSION = 3
 _REPEATS, _WARM_UP = 3, 2
-_STEADY = 1.3
+# What a busy machine is seen by, and seconds above which a step is measured once.
+_STEADY, _LONG = 1.3, 0.3
 _CONTEXT = 512
 
 
@@ -125,8 +126,12 @@ class _Probe:
     def begin(self, sizes: Seq[int]) -> None:
         """From now on trees of these numbers of rows in all, a few times each."""
         self._sizes = [n for _ in range(_REPEATS) for n in sizes]
-        self.num_steps, self._step = len(self._sizes), -_WARM_UP
+        self._step = -_WARM_UP
         self._spent, self._drafted_now = 0.0, False
+
+    @property
+    def num_steps(self) -> int:
+        return len(self._sizes)
 
     @property
     def is_done(self) -> bool:
@@ -153,6 +158,11 @@ class _Probe:
             return
         if self._step >= 0 and not self.is_done:
             self._target[self._size].append(seconds - self._spent)
+            if seconds > _LONG and not self._drafted_now:
+                # Of a long step one is enough: it hardly varies, and all of them would take minutes.
+                behind = self._sizes[self._step + 1 :]
+                rows = self._sizes[self._step]
+                self._sizes[self._step + 1 :] = [other for other in behind if other != rows]
         self._step += not self._drafted_now
 
     def costs(self) -> CostModel:

@@ -88,7 +88,7 @@ class _Session:
             "num_threads": torch.get_num_threads(),
             "device": device_name(target.device),
             "chat": chat,
-            "speculation": config.engine.speculation,
+            "speculation": system.speculation(config.engine),
         }
         engine = system.engine(target, config.engine)
         plain = plain_system(system.rule).engine(target, config.engine) if config.compare else None

@@ -14,8 +14,9 @@ from specdec.certificates.referee import referee, upcast
 from specdec.config import EngineConfig, GpuCheckConfig, StandInConfig, TargetConfig
 from specdec.experiments.certify_real import subjects
 from specdec.experiments.contenders import PLAIN, system_config
-from specdec.experiments.gpu_kernels import SMALL, Check, Sizes, check_kernels
+from specdec.experiments.gpu_kernels import check_kernels
 from specdec.experiments.gpu_measures import attention_bandwidth, busy_share, copy_bandwidth, forward_seconds
+from specdec.experiments.kernel_check import SMALL, Check, Sizes
 from specdec.experiments.measurement import Measurement, decode, warm_up
 from specdec.experiments.prompts import check_chat, read_prompts, uses_chat, wrap
 from specdec.experiments.system import System, load_system, load_target, plain_system, target_labels

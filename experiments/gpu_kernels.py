@@ -6,13 +6,14 @@ import importlib
 import pkgutil
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 import specdec.kernels
+from specdec.experiments.gpu_sampling import check_acceptance, check_sampling
+from specdec.experiments.kernel_check import FLOOR, MULTIPLE, Check, Sizes, error, kind_of
 from specdec.kernels.tree_attention import AttentionPlan, SequencePlan, tree_attention
 from specdec.kernels.tree_attention.reference import tree_attention_reference
 from specdec.model import Segment, plan_attention
@@ -21,29 +22,8 @@ from specdec.tree import TokenTree
 
 # What the library means to have; one that is missing is said to be, and its eager reference serves.
 OPS = ("tree_attention", "kv_write", "path_commit", "sampling", "acceptance")
-# A kernel may err this many times as much as the eager reference in the same dtype, both against float64.
-_MULTIPLE, _FLOOR = 3.0, 2e-6
-
-
-@dataclass(frozen=True)
-class Check:
-    """One thing that must hold; `passed` None where it could not be looked at, for the reason in `detail`."""
-
-    name: str
-    passed: bool | None
-    detail: str
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """How large the cases are: query heads, kv heads and size of heads, context and nodes of a tree."""
-
-    heads: tuple[tuple[int, int, int], ...] = ((32, 8, 128), (9, 3, 64), (4, 4, 80))
-    context: int = 1500
-    nodes: int = 64
-
-
-SMALL = Sizes(((4, 2, 16),), 40, 6)
+# Kernels of the CPU, which are proved when a model is loaded.
+NO_DEVICE = ("cpu", "linear")
 
 
 def check_kernels(device: torch.device, sizes: Sizes) -> list[Check]:
@@ -53,20 +33,13 @@ def check_kernels(device: torch.device, sizes: Sizes) -> list[Check]:
     for op in (*OPS, *sorted(found - {*OPS})):
         if op not in found:
             checks.append(Check(op, None, "missing: there is no such kernel"))
-        elif op not in _CHECKS:
+        elif op in NO_DEVICE:
+            continue
+        elif op not in CHECKS:
             checks.append(Check(op, None, "there is a kernel, but no check of it here"))
         else:
-            checks += _CHECKS[op](device, sizes)
+            checks += CHECKS[op](device, sizes)
     return checks
-
-
-def runs_triton(like: Tensor) -> bool:
-    """Whether ops on such a tensor run Triton kernels rather than their references."""
-    try:
-        dispatch = importlib.import_module("specdec.kernels.dispatch")
-    except ModuleNotFoundError:
-        return False
-    return bool(dispatch.use_triton(like))
 
 
 def _attention(device: torch.device, sizes: Sizes) -> list[Check]:
@@ -83,9 +56,9 @@ def _attention(device: torch.device, sizes: Sizes) -> list[Check]:
                 found = tree_attention(*arguments, case.plan, scaling=size**-0.5, **chosen)
                 own = case.reference(dtype, size, chosen)
                 truth = case.reference(torch.float64, size, chosen)
-                worst, eager = max(worst, _error(found, truth)), max(eager, _error(own, truth))
-                kind = "triton" if runs_triton(case.query_THE) else "eager"
-        name, passed = str(dtype).removeprefix("torch."), worst <= _MULTIPLE * eager + _FLOOR
+                worst, eager = max(worst, error(found, truth)), max(eager, error(own, truth))
+                kind = kind_of(case.query_THE)
+        name, passed = str(dtype).removeprefix("torch."), worst <= MULTIPLE * eager + FLOOR
         detail = f"{kind}: error {worst:.1e}, of the eager reference {eager:.1e}"
         checks.append(Check(f"tree_attention {name}", passed, detail))
     return [*checks, _invariant(device, sizes)]
@@ -151,10 +124,12 @@ def _path_commit(device: torch.device, sizes: Sizes) -> list[Check]:
     return [_equal("path_commit", results)]
 
 
-_CHECKS: dict[str, Callable[[torch.device, Sizes], list[Check]]] = {
+CHECKS: dict[str, Callable[[torch.device, Sizes], list[Check]]] = {
     "tree_attention": _attention,
     "kv_write": _kv_write,
     "path_commit": _path_commit,
+    "sampling": check_sampling,
+    "acceptance": check_acceptance,
 }
 
 
@@ -165,13 +140,9 @@ def _op(name: str) -> tuple[Callable[..., None], Callable[..., None]]:
 
 
 def _equal(name: str, results: list[list[Tensor]]) -> Check:
-    kind = "triton" if runs_triton(results[0][0]) else "eager"
+    kind = kind_of(results[0][0])
     same = all(torch.equal(one, other) for one, other in zip(*results, strict=True))
     return Check(name, same, f"{kind}: {'the same bits as' if same else 'other bits than'} the eager reference")
-
-
-def _error(found: Tensor, truth: Tensor) -> float:
-    return float((found.double() - truth.double()).abs().max().nan_to_num(torch.inf))
 
 
 def _slots(part: SequencePlan) -> Tensor:

@@ -19,7 +19,7 @@ from specdec.model import PagedModel
 from specdec.stand_in import ModelShape, load_stand_in
 from specdec.verifiers import Coupled, Follow, Verifier
 
-SPECULATIONS = ("fixed", "adaptive")
+SPECULATIONS = ("fixed", "adaptive", "auto")
 # Rules that emit, for the same seed, what plain decoding under them emits.
 SAME_TEXT = (Follow.name, Coupled.name)
 
@@ -39,9 +39,8 @@ class System:
 
     def engine(self, target: PagedModel, config: EngineConfig) -> Engine:
         """Raises ValueError for an unknown `speculation`; an adaptive one may measure costs first."""
-        check_speculation(config)
+        is_fixed = self.speculation(config) == "fixed"
         verifier, drafter = Verifier(target, self.rule, allow_lossy=self.allow_lossy), self.drafter
-        is_fixed = config.speculation == "fixed"
         if not is_fixed and isinstance(drafter, ReadyMade) and self.policy and not self.policy.spec.is_sampled:
             # What is there at once is verified as far as it pays; there is nothing to choose before.
             drafter = UnionDrafter([drafter])
@@ -57,6 +56,14 @@ class System:
             share_prefixes=config.share_prefixes,
             cuda_graphs=config.cuda_graphs,
         )
+
+    def speculation(self, config: EngineConfig) -> str:
+        """What `config` comes to, `fixed` or `adaptive`. Raises ValueError for an unknown one."""
+        check_speculation(config)
+        if config.speculation == "auto":
+            # Where the text depends on what is drafted, it must not depend on how long things took.
+            return "adaptive" if self.rule.name in SAME_TEXT else "fixed"
+        return config.speculation
 
     def _speculation(self, target: PagedModel, config: EngineConfig, drafter: Drafter | None) -> Speculation | None:
         if drafter is None or self.policy is None:
@@ -101,7 +108,7 @@ def load_system(config: SystemConfig) -> System:
 def check_speculation(config: EngineConfig) -> None:
     """Raises ValueError unless `speculation` is one there is."""
     if config.speculation not in SPECULATIONS:
-        raise ValueError(f"engine.speculation={config.speculation!r} is unknown: choose {' or '.join(SPECULATIONS)}")
+        raise ValueError(f"engine.speculation={config.speculation!r} is unknown: choose {', '.join(SPECULATIONS)}")
 
 
 def plain_system(rule: AcceptanceRule | None = None) -> System:

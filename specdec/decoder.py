@@ -76,13 +76,17 @@ class FastDecoder:
         last = self._num_layers
         inner = [layer - 1 for layer in hidden_layers if 0 < layer < last]
         keys, values = cache.addresses()
-        out_TD, found = self._stack.run(embedded_TD, positions_T, plan, self._cos_PE, self._sin_PE, keys, values, inner)
-        normed_RD = norm(out_TD, wanted_rows_R, self._norm.weight, self._eps)
+        # Asked for the last states of all, the stack has none to leave out.
+        rows_R = None if last in hidden_layers else wanted_rows_R
+        out, found = self._stack.run(
+            embedded_TD, positions_T, plan, self._cos_PE, self._sin_PE, keys, values, inner, rows_R=rows_R
+        )
+        normed_RD = norm(out, wanted_rows_R if rows_R is None else None, self._norm.weight, self._eps)
         hidden = {layer + 1: states for layer, states in found.items()}
         if 0 in hidden_layers:
             hidden[0] = embedded_TD
         if last in hidden_layers:
-            hidden[last] = norm(out_TD, None, self._norm.weight, self._eps)
+            hidden[last] = norm(out, None, self._norm.weight, self._eps)
         return ForwardResult(self._lm_head(normed_RD), hidden)
 
     def _reach(self, num_positions: int) -> None:

@@ -198,9 +198,21 @@ def test_each_target_has_its_own_default_drafter() -> None:
     assert other.labels["drafter"] == "ngram"
 
 
+def test_speculation_is_adaptive_where_no_text_depends_on_it(model_folder: str) -> None:
+    chosen = {}
+    for rule in ("follow", "coupled", "rejection"):
+        policy = {"follow": "top_k", "coupled": "coupled", "rejection": "chain"}[rule]
+        iid = ["drafter.policy.kind=iid"] if rule == "rejection" else []
+        typed = compose("generate", f"rule={rule}", "drafter=ngram", f"drafter/policy={policy}", *iid)
+        assert typed.engine.speculation == "auto"
+        chosen[rule] = load_system(typed).speculation(typed.engine)
+    assert chosen == {"follow": "adaptive", "coupled": "adaptive", "rejection": "fixed"}
+    assert compose("benchmark").engine.speculation == compose("load").engine.speculation == "fixed"
+
+
 def test_an_unknown_speculation_is_refused(model_folder: str) -> None:
     typed = compose("generate", "engine.speculation=sometimes")
-    with pytest.raises(ValueError, match=r"engine\.speculation='sometimes' is unknown: choose fixed or adaptive"):
+    with pytest.raises(ValueError, match=r"engine\.speculation='sometimes' is unknown: choose fixed, adaptive, auto"):
         load_system(typed).engine(PagedModel.load(model_folder), typed.engine)
 
 

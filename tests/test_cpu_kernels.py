@@ -18,7 +18,9 @@ from specdec.drafters.growth import TopK
 from specdec.drafters.ngram import NGramDrafter
 from specdec.engine import Engine
 from specdec.kernels.cpu import BlockedWeight, DecoderStack, NotBuilt, can_run, library, path_attention
+from specdec.kernels.cpu.stack import last_queries
 from specdec.kernels.linear import Arena
+from specdec.kernels.tree_attention import SequencePlan
 from specdec.model import PagedModel, Segment
 from specdec.pages import PagePool, PageTable
 from specdec.sampling import SamplingParams
@@ -132,6 +134,51 @@ def test_a_token_has_the_bits_it_has_alone(name: str) -> None:
     branch = Segment(branched, 90, nodes[0], 90 + tree.depth_BN[0], tree.ancestors_BNN[0])
     found = model.forward([branch], cache).logits_RV
     assert torch.equal(found[path], alone[90:95])
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("prompt_rows", [[28], [], [27, 28], [28, 3], [5]], ids=str)
+def test_rows_that_nobody_asks_for_change_no_others(name: str, prompt_rows: list[int]) -> None:
+    """A prompt, of which some rows are asked for, beside a tree, of which all are; then what was left in the cache."""
+    model, _ = fused(name)
+    ids = torch.randint(3, 90, (60,), generator=torch.Generator().manual_seed(5))
+    rows = [*prompt_rows, *range(29, 29 + len(PARENTS))]
+    found = []
+    for wanted in (None, torch.tensor(rows)):
+        pool = PagePool(num_pages=20, page_size=16)
+        cache = model.new_cache(pool)
+        table, other = PageTable(pool), PageTable(pool)
+        table.reserve(60, 0)
+        other.reserve(60, 0)
+        model.forward([Segment(table, 0, ids[:20], torch.arange(20))], cache, torch.tensor([], dtype=torch.int64))
+        tree = TokenTree.from_parents(ids[None, 20 : 20 + len(PARENTS)], torch.tensor([PARENTS]))
+        branch = Segment(table, 20, tree.tokens_BN[0], 20 + tree.depth_BN[0], tree.ancestors_BNN[0])
+        prompt = Segment(other, 0, ids[20:49], torch.arange(29))
+        result = model.forward([prompt, branch], cache, wanted, [0, 1])
+        logits_RV = result.logits_RV if wanted is not None else result.logits_RV[rows]
+        kept = [
+            states
+            for layer in range(model.num_layers)
+            for one in (table, other)
+            for states in cache.gather(layer, one, 29)
+        ]
+        found.append([logits_RV, result.hidden[0], result.hidden[1], *kept])
+    for one, other_ in zip(*found, strict=True):
+        assert torch.equal(one, other_)
+
+
+def test_only_ends_of_sequences_are_cut_out() -> None:
+    def part(row: int, size: int, has_mask: bool = False) -> SequencePlan:
+        mask = torch.ones(size, size, dtype=torch.bool).tril() if has_mask else None
+        return SequencePlan(row, size, 7, mask, torch.arange(7, 7 + size), 0, None)
+
+    sequences = [part(0, 4), part(4, 1), part(5, 3, has_mask=True), part(8, 5)]
+    cut = last_queries(sequences, torch.tensor([12, 4, 5, 6, 7, 11]))
+    assert cut is not None
+    assert cut.rows_W.tolist() == [4, 5, 6, 7, 11, 12] and cut.order_R.tolist() == [5, 0, 1, 2, 3, 4]
+    assert [(one.row, one.num_queries, one.num_keys) for one in cut.sequences] == [(4, 1, 8), (5, 3, 10), (11, 2, 12)]
+    for rows in ([*range(13)], [11], [6, 7], [4, 4], [0, 1, 2]):
+        assert last_queries(sequences, torch.tensor(rows)) is None
 
 
 def test_hidden_states_are_transformers_own() -> None:

@@ -13,9 +13,11 @@ from head_cases import eagle_config
 from specdec import cli
 from specdec.drafters.heads import EagleHead
 from specdec.drafters.heads.formats import save_head
-from specdec.experiments import gpu_kernels
-from specdec.experiments.gpu_kernels import SMALL, check_kernels
+from specdec.experiments import gpu_kernels, gpu_sampling
+from specdec.experiments.gpu_kernels import check_kernels
 from specdec.experiments.gpu_measures import device_seconds, trees, wall_seconds
+from specdec.experiments.kernel_check import SMALL
+from specdec.kernels.acceptance import AcceptedPath
 from specdec.model import PagedModel
 
 SHAPE = {
@@ -106,11 +108,44 @@ def test_nothing_is_measured_where_a_check_fails(words, tmp_path, monkeypatch, c
 
 def test_ops_without_a_kernel_or_a_check_are_named(monkeypatch):
     monkeypatch.setattr(gpu_kernels, "OPS", ("tree_attention", "levitation"))
-    monkeypatch.setattr(gpu_kernels, "_CHECKS", {})
+    monkeypatch.setattr(gpu_kernels, "CHECKS", {})
     checks = {one.name: one for one in check_kernels(torch.device("cpu"), SMALL)}
     assert checks["levitation"].detail.startswith("missing")
     assert checks["tree_attention"].detail == "there is a kernel, but no check of it here"
     assert not any(one.passed for one in checks.values())
+
+
+def test_every_kernel_of_the_device_is_checked():
+    checks = check_kernels(torch.device("cpu"), SMALL)
+    assert all(one.passed for one in checks if one.passed is not None)
+    for op in gpu_kernels.OPS:
+        assert [one.passed for one in checks if one.name.startswith(op)].count(True)
+    assert sum(one.name.startswith("acceptance") for one in checks) == 8
+
+
+@pytest.mark.parametrize("op", ["laws", "draw", "sample"])
+def test_a_wrong_sampling_kernel_is_found(monkeypatch, op: str):
+    honest = getattr(gpu_sampling.sampling, op)
+
+    def wrong(rows, *given):
+        return honest(rows.roll(1, -1), *given)
+
+    monkeypatch.setattr(gpu_sampling.sampling, op, wrong)
+    failed = {one.name for one in gpu_sampling.check_sampling(torch.device("cpu"), SMALL) if not one.passed}
+    assert failed and all(name.startswith(f"sampling {op}") for name in failed)
+
+
+@pytest.mark.parametrize("rule", ["follow", "rejection", "traversal"])
+def test_a_wrong_walk_is_found(monkeypatch, rule: str):
+    honest = getattr(gpu_sampling.acceptance, rule)
+
+    def wrong(*given):
+        right = honest(*given)
+        return AcceptedPath(right.path_BN, right.num_accepted_B, right.next_token_B.roll(1))
+
+    monkeypatch.setattr(gpu_sampling.acceptance, rule, wrong)
+    checks = gpu_sampling.check_acceptance(torch.device("cpu"), SMALL)
+    assert all(one.passed == (not one.name.startswith(f"acceptance {rule},")) for one in checks)
 
 
 def test_unknown_parts_are_refused(words, capsys):

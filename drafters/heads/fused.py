@@ -55,9 +55,16 @@ class FusedEagle:
             raise NotServed(str(error)) from error
 
     def run(
-        self, embeddings_TD: Tensor, features_TD: Tensor, positions_T: Tensor, plan: AttentionPlan, cache: KVCache
+        self,
+        embeddings_TD: Tensor,
+        features_TD: Tensor,
+        positions_T: Tensor,
+        plan: AttentionPlan,
+        cache: KVCache,
+        rows_R: Tensor | None = None,
     ) -> Tensor:
-        """See `EagleHead.forward`; the layer's keys and values are in the cache afterwards."""
+        """See `EagleHead.forward`, of the packed rows `rows_R` (None: all); the layer's keys and values of every row are in the
+        cache afterwards."""
         count, size = embeddings_TD.shape
         cos_PE, sin_PE = self._head.rotation_table(int(positions_T.max()) + 1, features_TD)
         if self._head.config.version == 3:
@@ -72,7 +79,9 @@ class FusedEagle:
             residual_TD = self._head.fc(torch.cat([embeddings_TD, features_TD], -1))
             read_TX[:count] = residual_TD
         keys, values = cache.addresses()
-        return self.stack.run(residual_TD, positions_T, plan, cos_PE, sin_PE, keys, values, read_TX=read_TX)[0]
+        return self.stack.run(
+            residual_TD, positions_T, plan, cos_PE, sin_PE, keys, values, read_TX=read_TX, rows_R=rows_R
+        )[0]
 
 
 class FusedGrowth:

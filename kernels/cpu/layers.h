@@ -31,6 +31,11 @@ struct Step {
   bf16* const* hidden;
   // What the first layer's queries, keys and values are made of, up to a multiple of 32 rows; null: its normed input.
   const bf16* read;
+  // The rows, ascending, whose states behind the last layer are asked for, and the sequences with no other queries than them;
+  // null: all.
+  const int64_t* wanted;
+  int64_t num_wanted, num_wanted_sequences;
+  const Sequence* wanted_sequences;
 };
 
 // Llama's: float32 inside, rounded before the weight is multiplied.
@@ -85,9 +90,11 @@ static inline void place(const Stack& stack, const Layer& layer, const Step& ste
   }
 }
 
+// The rows `x` through a layer, in place; through the last one only those that are wanted, which are then the first.
 static inline void run_layer(const Stack& stack, const Step& step, long number, bf16* x, bf16* normed, bf16* wide) {
   const Layer& layer = stack.layers[number];
-  const long count = step.num_tokens, size = stack.hidden_size;
+  const long size = stack.hidden_size;
+  long count = step.num_tokens;
   const long attended = stack.num_heads * stack.head_size, width = attended + 2 * stack.num_groups * stack.head_size;
   const bf16* read = number == 0 && step.read ? step.read : normed;
   if (read == normed) norm_rows(x, count, layer.norm1, stack, normed);
@@ -98,8 +105,24 @@ static inline void run_layer(const Stack& stack, const Step& step, long number, 
   place(stack, layer, step, number, wide);
 #pragma omp barrier
   const Heads heads{stack.num_heads, stack.num_groups, stack.head_size, stack.scaling, layer.window};
-  attend(step.sequences, step.num_sequences, heads, wide, width, step.keys[number], step.values[number], normed, attended);
+  if (number + 1 == stack.num_layers && step.wanted) {
+    // Of other rows there is nothing left to do: their keys and values are all that anybody will read.
+    count = step.num_wanted;
+    if (!count) return;
+    attend(step.wanted_sequences, step.num_wanted_sequences, heads, wide, width, step.keys[number], step.values[number],
+           normed, attended);
 #pragma omp barrier
+#pragma omp single
+    for (long i = 0; i < count; ++i) {
+      const long row = step.wanted[i];
+      if (row == i) continue;
+      std::memcpy(normed + i * attended, normed + row * attended, attended * 2);
+      std::memcpy(x + i * size, x + row * size, size * 2);
+    }
+  } else {
+    attend(step.sequences, step.num_sequences, heads, wide, width, step.keys[number], step.values[number], normed, attended);
+#pragma omp barrier
+  }
   project_back(normed, count, layer.out, x, size);
 #pragma omp barrier
   norm_rows(x, count, layer.norm2, stack, normed);

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from specdec.int_tensor import int_tensor
 from specdec.kernels.cpu.attention import described
 from specdec.kernels.cpu.blocked import BlockedWeight, WeightStruct
 from specdec.kernels.cpu.build import library
-from specdec.kernels.tree_attention import AttentionPlan
+from specdec.kernels.tree_attention import AttentionPlan, SequencePlan
 
 # Products read rows in pairs of tiles of 16.
 _ROWS = 32
@@ -91,6 +92,10 @@ class _Step(ctypes.Structure):
         ("values", ctypes.c_void_p),
         ("hidden", ctypes.c_void_p),
         ("read", ctypes.c_void_p),
+        ("wanted", ctypes.c_void_p),
+        ("num_wanted", ctypes.c_int64),
+        ("num_wanted_sequences", ctypes.c_int64),
+        ("wanted_sequences", ctypes.c_void_p),
     )
 
 
@@ -138,9 +143,12 @@ class DecoderStack:
         values: Seq[int],
         wanted: Seq[int] = (),
         read_TX: Tensor | None = None,
+        rows_R: Tensor | None = None,
     ) -> tuple[Tensor, dict[int, Tensor]]:
-        """The states [T, D] behind the last layer, and those behind each of the layers `wanted`, counted from 0.
+        """The states [R, D] of the packed rows `rows_R` (None: all) behind the last layer, and those of all rows behind each of
+        the layers `wanted`, counted from 0.
 
+        What the last layer makes of other rows than `rows_R` is not computed, where these are the last of their sequences.
         `cos_PE` and `sin_PE` hold every position that occurs; `keys` and `values` are the addresses of each layer's cache,
         which holds the new tokens' afterwards. `read_TX`, from `padded_rows`, is what the first layer's queries, keys and
         values are made of where that is not its normed input; `hidden_TD` is then only what the layer adds to.
@@ -149,6 +157,8 @@ class DecoderStack:
         rows_TD = padded_rows(count, size)
         rows_TD[:count] = hidden_TD
         sequences, kept = described(plan.sequences)
+        chosen = None if rows_R is None or len(self.layers) - 1 in wanted else last_queries(plan.sequences, rows_R)
+        ends, _kept = described([] if chosen is None else chosen.sequences)
         kept = [positions_T.contiguous(), plan.slots_T.contiguous(), *kept]
         found = {layer: hidden_TD.new_empty(count, size) for layer in wanted}
         addresses = ctypes.c_void_p * len(self.layers)
@@ -167,6 +177,10 @@ class DecoderStack:
             ctypes.addressof(each_values),
             ctypes.addressof(hidden),
             None if read_TX is None else read_TX.data_ptr(),
+            None if chosen is None else chosen.rows_W.data_ptr(),
+            0 if chosen is None else len(chosen.rows_W),
+            len(ends),
+            ctypes.addressof(ends),
         )
         normed, wide = self._room(count)
         library().specdec_run(
@@ -176,7 +190,10 @@ class DecoderStack:
             normed.data_ptr(),
             wide.data_ptr(),
         )
-        return rows_TD[:count], found
+        if chosen is not None:
+            return rows_TD[: len(chosen.rows_W)][chosen.order_R], found
+        is_all = rows_R is None or (len(rows_R) == count and rows_R.tolist() == list(range(count)))
+        return (rows_TD[:count] if is_all else rows_TD[rows_R]), found
 
     def _room(self, count: int) -> tuple[Tensor, Tensor]:
         normed, wide = ctypes.c_int64(), ctypes.c_int64()
@@ -187,6 +204,40 @@ class DecoderStack:
                 torch.empty(wide.value, dtype=torch.bfloat16),
             )
         return self._rooms
+
+
+@dataclass(frozen=True)
+class LastQueries:
+    """The ends of some sequences: their packed rows [W], ascending, the sequences cut to them, and where among the rows each
+    of those asked for stands."""
+
+    rows_W: Tensor
+    sequences: list[SequencePlan]
+    order_R: Tensor
+
+
+def last_queries(sequences: Seq[SequencePlan], rows_R: Tensor) -> LastQueries | None:
+    """None where all rows are asked for, or rows that are not the last of their sequences."""
+    asked, rows = set(rows_R.tolist()), list[int]()
+    ends = list[SequencePlan]()
+    total = sum(one.num_queries for one in sequences)
+    if len(asked) >= total or len(asked) < len(rows_R):
+        return None
+    for one in sequences:
+        end = one.row + one.num_queries
+        first = end
+        while first > one.row and first - 1 in asked:
+            first -= 1
+        if first == end:
+            continue
+        if first > one.row and one.tail_mask_QM is not None:
+            return None
+        rows += range(first, end)
+        ends.append(replace(one, row=first, num_queries=end - first, _masks={}, _tiles={}))
+    if len(rows) < len(asked):
+        return None
+    order = {row: i for i, row in enumerate(rows)}
+    return LastQueries(int_tensor(rows), ends, int_tensor([order[row] for row in rows_R.tolist()]))
 
 
 def padded_rows(count: int, size: int) -> Tensor:

@@ -193,8 +193,8 @@ class SamplingConfig:
 
 @dataclass
 class EngineConfig:
-    """See `specdec.engine.Engine`. `speculation` is fixed (every step grows the policy's trees) or adaptive (as much of them as
-    is worth its time)."""
+    """See `specdec.engine.Engine`. `speculation` is fixed (every step grows the policy's trees), adaptive (as much of them as
+    is worth its time), or auto: adaptive where the rule's text is the same whatever is drafted, else fixed."""
 
     max_batch_size: int = 8
     prefill_chunk: int = 512
