@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from specdec.int_tensor import int_tensor
 from specdec.kernels.cpu.attention import described
 from specdec.kernels.cpu.blocked import BlockedWeight, WeightStruct
 from specdec.kernels.cpu.build import library
@@ -237,7 +236,9 @@ def last_queries(sequences: Seq[SequencePlan], rows_R: Tensor) -> LastQueries | 
     if len(rows) < len(asked):
         return None
     order = {row: i for i, row in enumerate(rows)}
-    return LastQueries(int_tensor(rows), ends, int_tensor([order[row] for row in rows_R.tolist()]))
+    at_R = [order[row] for row in rows_R.tolist()]
+    # Both are empty where a prompt is only read.
+    return LastQueries(torch.tensor(rows, dtype=torch.int64), ends, torch.tensor(at_R, dtype=torch.int64))
 
 
 def padded_rows(count: int, size: int) -> Tensor:
