@@ -176,7 +176,8 @@ class DecoderStack:
             ctypes.addressof(each_values),
             ctypes.addressof(hidden),
             None if read_TX is None else read_TX.data_ptr(),
-            None if chosen is None else chosen.rows_W.data_ptr(),
+            # No row at all has no address, and none is read.
+            None if chosen is None else chosen.rows_W.data_ptr() or kept[0].data_ptr(),
             0 if chosen is None else len(chosen.rows_W),
             len(ends),
             ctypes.addressof(ends),
