@@ -36,7 +36,16 @@ def test_heads_are_sound(name: str) -> None:
 @pytest.mark.parametrize("name", sorted(KINDS))
 def test_heads_change_no_text_and_save_forwards(name: str, temperature: float) -> None:
     config = to_typed(
-        compose("generate", [f"drafter={KINDS[name]}", f"draft={name}", "target.dtype=float32", "output=rows.jsonl"])
+        compose(
+            "generate",
+            [
+                f"drafter={KINDS[name]}",
+                f"draft={name}",
+                "target.dtype=float32",
+                "engine.speculation=fixed",
+                "output=rows.jsonl",
+            ],
+        )
     )
     target, params = load_target(config.target), SamplingParams(temperature=temperature, seed=3, max_new_tokens=24)
     plain = plain_system().engine(target, config.engine).generate(PROMPTS, params, chat=True)
