@@ -28,7 +28,7 @@ void specdec_room(const Stack* stack, int64_t num_tokens, int64_t* normed, int64
   *wide = rows * (qkv > inner ? qkv : inner);
 }
 
-// The rows `x` through all layers, in place, those that are wanted moved to the front; the cache holds the keys and values of
+// The rows `x` through all layers, in place, those that are asked for moved to the front; the cache holds the keys and values of
 // all of them afterwards.
 void specdec_run(const Stack* stack, const Step* step, bf16* x, bf16* normed, bf16* wide) {
 #pragma omp parallel num_threads(step->num_threads)

@@ -33,9 +33,9 @@ struct Step {
   const bf16* read;
   // The rows, ascending, whose states behind the last layer are asked for, and the sequences with no other queries than them;
   // null: all.
-  const int64_t* wanted;
-  int64_t num_wanted, num_wanted_sequences;
-  const Sequence* wanted_sequences;
+  const int64_t* asked;
+  int64_t num_asked, num_asked_sequences;
+  const Sequence* asked_sequences;
 };
 
 // Llama's: float32 inside, rounded before the weight is multiplied.
@@ -90,7 +90,7 @@ static inline void place(const Stack& stack, const Layer& layer, const Step& ste
   }
 }
 
-// The rows `x` through a layer, in place; through the last one only those that are wanted, which are then the first.
+// The rows `x` through a layer, in place; through the last one only those that are asked for, which are then the first.
 static inline void run_layer(const Stack& stack, const Step& step, long number, bf16* x, bf16* normed, bf16* wide) {
   const Layer& layer = stack.layers[number];
   const long size = stack.hidden_size;
@@ -105,16 +105,16 @@ static inline void run_layer(const Stack& stack, const Step& step, long number, 
   place(stack, layer, step, number, wide);
 #pragma omp barrier
   const Heads heads{stack.num_heads, stack.num_groups, stack.head_size, stack.scaling, layer.window};
-  if (number + 1 == stack.num_layers && step.wanted) {
+  if (number + 1 == stack.num_layers && step.asked) {
     // Of other rows there is nothing left to do: their keys and values are all that anybody will read.
-    count = step.num_wanted;
+    count = step.num_asked;
     if (!count) return;
-    attend(step.wanted_sequences, step.num_wanted_sequences, heads, wide, width, step.keys[number], step.values[number],
+    attend(step.asked_sequences, step.num_asked_sequences, heads, wide, width, step.keys[number], step.values[number],
            normed, attended);
 #pragma omp barrier
 #pragma omp single
     for (long i = 0; i < count; ++i) {
-      const long row = step.wanted[i];
+      const long row = step.asked[i];
       if (row == i) continue;
       std::memcpy(normed + i * attended, normed + row * attended, attended * 2);
       std::memcpy(x + i * size, x + row * size, size * 2);

@@ -91,10 +91,10 @@ class _Step(ctypes.Structure):
         ("values", ctypes.c_void_p),
         ("hidden", ctypes.c_void_p),
         ("read", ctypes.c_void_p),
-        ("wanted", ctypes.c_void_p),
-        ("num_wanted", ctypes.c_int64),
-        ("num_wanted_sequences", ctypes.c_int64),
-        ("wanted_sequences", ctypes.c_void_p),
+        ("asked", ctypes.c_void_p),
+        ("num_asked", ctypes.c_int64),
+        ("num_asked_sequences", ctypes.c_int64),
+        ("asked_sequences", ctypes.c_void_p),
     )
 
 
