@@ -307,7 +307,7 @@ def test_an_eagle_head_runs_once_per_level(target, drafters, monkeypatch) -> Non
     proposals, calls = recorded(drafter, monkeypatch), list[int]()
     run = drafter.run
     monkeypatch.setattr(
-        drafter, "run", lambda segments, features: calls.append(len(features)) or run(segments, features)
+        drafter, "run", lambda segments, features, *rows: calls.append(len(features)) or run(segments, features, *rows)
     )
     engine_of(target, drafter, TopK(12, 4, 3)).generate(PROMPTS, SamplingParams(max_new_tokens=20, ignore_eos=True))
     depths = [int(asked.tree.depth_BN.max()) for asked in proposals]
