@@ -127,9 +127,12 @@ def instead(options: Options, load: Load, costs: CostModel, choice: Choice, dept
     return Choice(depths_B, option, tokens, float(seconds), choice.rate)
 
 
-def keep_best(probs_BN: Array, load: Load, costs: CostModel, rate: float | None) -> NDArray[np.bool_]:
+def keep_best(
+    probs_BN: Array, load: Load, costs: CostModel, rate: float | None, margin: float = 0.01
+) -> NDArray[np.bool_]:
     """Which drafted nodes [B, N] are worth verifying, over the whole batch, where each is accepted with `probs_BN` (0 at roots
-    and padding) and a second is worth `rate` tokens (None: as many as the step itself brings at its best).
+    and padding) and a second is worth `rate` tokens. None: nothing was chosen before, so a second is worth as many as the step
+    itself brings at its best, which must be more than plain decoding by `margin`.
 
     The likeliest nodes come first, so a parent before its children, which are never likelier; how many of them is decided by
     the exact cost of every number.
@@ -142,7 +145,10 @@ def keep_best(probs_BN: Array, load: Load, costs: CostModel, rate: float | None)
     seconds = costs.step_s(load.num_rows + counts, load.num_sequences, load.context)
     if rate is None:
         bare_s = costs.step_s(load.num_rows - load.num_prompt + counts, load.num_sequences, load.context)
-        rate = float(((load.num_emitting + gain) / bare_s).max())
+        rates = (load.num_emitting + gain) / bare_s
+        rate = float(rates.max())
+        if rate <= (1 + margin) * rates[0]:
+            return np.zeros(probs_BN.shape, dtype=bool)
     value = gain - rate * seconds
     keep = np.zeros(flat.shape, dtype=bool)
     keep[order[: int(value.argmax())]] = True

@@ -168,8 +168,9 @@ class NGramDrafter(OffPages):
 
 
 def _confidence(context: int, rank: int) -> float:
-    """The longer the context that matches, drafted tokens included, the surer; a guess, and only its order counts."""
-    return context / (context + 1) * 0.25**rank
+    """The longer the context that matches, drafted tokens included, the surer: roughly how often such guesses are right. Only the
+    order counts in one tree; whoever compares it with others' counts for himself."""
+    return context / (context + 2) * 0.25**rank
 
 
 class _NGramRound:
