@@ -168,8 +168,8 @@ class NGramDrafter(OffPages):
 
 
 def _confidence(context: int, rank: int) -> float:
-    """The longer the context that matches, drafted tokens included, the surer: roughly how often such guesses are right. Only the
-    order counts in one tree; whoever compares it with others' counts for himself."""
+    """The longer the context that matches, drafted tokens included, the surer: roughly how often such guesses are right. In one
+    tree its order alone counts; whoever compares it with what others say counts for himself."""
     return context / (context + 2) * 0.25**rank
 
 
