@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from specdec.cost import Array, CostModel, DraftSize, TargetSize
-from specdec.drafters.choosing import Choice, Ints, Load, Options, choose, instead, keep_best
+from specdec.drafters.choosing import Choice, Ints, Load, Options, choose, instead, keep_best, may_pay
 from specdec.drafters.found import Found
 from specdec.drafters.outlook import Outcome, RequestRecord, Scores, outlook_for
 from specdec.drafters.pruning import prune, shallower
@@ -59,8 +59,9 @@ class AdaptiveSpeculation:
     `explore` is the share of time that may be spent to look at what seems not to pay. `accepts` is the rule's.
 
     As long as nothing pays, steps of much the same sequences follow without a choice: one, then three, then seven, up to
-    `_LONGEST_REST` each time. Of a union those drafters that need no model are asked even then, for that is as good as free:
-    what they find is verified as far as it pays by itself, and where there is a choice it says whether to ask the others too.
+    `_LONGEST_REST` each time, and so many at once where even drafts without a mistake would not pay. Of a union those drafters
+    that need no model are asked even then, for that is as good as free: what they find is verified as far as it pays by itself,
+    and where there is a choice it says whether to ask the others too.
     """
 
     _KINDS = ("wake", "deepen", "plain")
@@ -150,19 +151,27 @@ class AdaptiveSpeculation:
 
     def _choose(self, sequences: list[Sequence], drafter: Drafter, load: Load, ready: Scores | None) -> Choice | None:
         """What to draft; None where that is nothing, and then the next steps rest."""
+        limits_B = np.array([min(one.max_draft_depth, self._policy.max_depth) for one in sequences])
+        if not may_pay(limits_B, self._expanded_D, load, self.costs):
+            self._begin_rest(sequences, self._LONGEST_REST)
+            return None
         records = [self._records.setdefault(one, RequestRecord()) for one in sequences]
-        options = self._options(sequences, records, drafter, ready)
+        options = self._options(sequences, records, limits_B, drafter, ready)
         slept = [len(one.token_ids) - record.drafted_len for one, record in zip(sequences, records, strict=True)]
         best = choose(options, load, self.costs)
         choice = self._look_elsewhere(options, load, best, np.array(slept, dtype=float))
-        if best.depths_B.any() or choice.depths_B.any():
+        if best.depths_B.any():
             # A look at a plain step is no reason to rest: it would be many, and none of them accounted for.
             self._rest = self._last_rest = 0
-            return choice if choice.depths_B.any() else None
-        before = self._last_rest if self._knows(sequences) else 0
-        self._rest = self._last_rest = min(2 * before + 1, self._LONGEST_REST)
+        elif not choice.depths_B.any():
+            # Of others it is likely, not known, that nothing pays there either.
+            before = self._last_rest if self._knows(sequences) else self._last_rest // 4
+            self._begin_rest(sequences, min(2 * before + 1, self._LONGEST_REST))
+        return choice if choice.depths_B.any() else None
+
+    def _begin_rest(self, sequences: list[Sequence], num_steps: int) -> None:
+        self._rest = self._last_rest = num_steps
         self._resting = set(sequences)
-        return None
 
     def _draft_size(self, sequences: list[Sequence], drafter: Drafter, depths: list[int]) -> DraftSize | None:
         if not any(depths):
@@ -178,10 +187,14 @@ class AdaptiveSpeculation:
             return
         rows = last.load.num_rows + (0 if tree is None else int(tree.num_nodes_B.sum()) - tree.batch_size)
         self.costs.observe_step(TargetSize(rows, last.load.num_sequences, last.load.context), seconds - last.draft_s)
+        # Of a prompt's time none is saved up: steps behind it take less, and looks elsewhere are paid by those.
+        sizes = np.array([rows - last.load.num_prompt, rows], dtype=float)
+        bare_s, whole_s = self.costs.step_s(sizes, last.load.num_sequences, last.load.context)
+        saved = seconds * float(bare_s / whole_s)
         for kind in self._KINDS:
-            earned = self._savings.get(kind, seconds) + self._explore * seconds / len(self._KINDS)
+            earned = self._savings.get(kind, saved) + self._explore * saved / len(self._KINDS)
             # Saved time must not turn into a row of steps that all look elsewhere.
-            self._savings[kind] = min(earned, 2 * seconds)
+            self._savings[kind] = min(earned, 2 * saved)
         if last.draft is None:
             return
         self.costs.observe_draft(last.draft, last.draft_s)
@@ -192,7 +205,12 @@ class AdaptiveSpeculation:
         self._outlook.learn(last.scores, records, last.option, outcomes)
 
     def _options(
-        self, sequences: list[Sequence], records: list[RequestRecord], drafter: Drafter, ready: Scores | None
+        self,
+        sequences: list[Sequence],
+        records: list[RequestRecord],
+        limits_B: Ints,
+        drafter: Drafter,
+        ready: Scores | None,
     ) -> Options:
         gain_BDO, nodes_BDO = self._outlook.promise(records, ready)
         left = [one.max_tokens - len(one.token_ids) for one in sequences]
@@ -201,7 +219,7 @@ class AdaptiveSpeculation:
             nodes_BDO,
             self._expanded_D,
             np.array(num_unread(drafter, sequences), dtype=float),
-            np.array([min(one.max_draft_depth, self._policy.max_depth) for one in sequences]),
+            limits_B,
             1 / np.clip(left, 1, self._HORIZON),
         )
 

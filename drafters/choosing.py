@@ -117,6 +117,23 @@ def _choose_one(options: Options, load: Load, costs: CostModel, margin: float) -
     return Choice(np.array([depth]), option, float(tokens[depth, option]), float(seconds[depth, option]), rate)
 
 
+def may_pay(limits_B: Ints, expanded_D: Array, load: Load, costs: CostModel, margin: float = 0.01) -> bool:
+    """Whether drafts would beat plain decoding by `margin` if every drafted token were accepted: where not, nothing has to be
+    known of them."""
+    most = int(limits_B.max(initial=0))
+    if not most:
+        return False
+    depths_D = np.arange(1.0, most + 1)
+    num_rows = np.arange(1.0, (limits_B > 0).sum() + 1)[:, None]
+    nodes = num_rows * depths_D
+    draft_s = costs.draft_s(depths_D, num_rows * expanded_D[1 : most + 1], num_rows)
+    bare_rows = load.num_rows - load.num_prompt
+    plain_s = float(costs.step_s(np.array(float(bare_rows)), load.num_sequences, load.context))
+    seconds = costs.step_s(bare_rows + nodes, load.num_sequences, load.context) + draft_s
+    best = float(((load.num_emitting + nodes) / seconds).max())
+    return best * plain_s > (1 + margin) * load.num_emitting
+
+
 def instead(options: Options, load: Load, costs: CostModel, choice: Choice, depths_B: Ints, option: int) -> Choice:
     """The same step with other depths, valued at the same rate."""
     rows = np.arange(len(depths_B))

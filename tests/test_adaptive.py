@@ -10,10 +10,10 @@ import torch
 from simulated import Always, World
 
 from specdec import Engine, PagedModel, SamplingParams
-from specdec.cost import CostModel, DraftCost, TargetCost
+from specdec.cost import CostModel, DraftCost, TargetCost, TargetSize
 from specdec.drafters import Mixed, NGramDrafter, Sampled, SmallModelDrafter, Static, TopK, adaptive, chain
 from specdec.drafters.adaptive import AdaptiveSpeculation
-from specdec.drafters.choosing import Load, Options, choose, keep_best
+from specdec.drafters.choosing import Load, Options, choose, keep_best, may_pay
 from specdec.drafters.pruning import prune
 from specdec.tree import DrawKind, TokenTree
 from specdec.verifiers import Verifier
@@ -168,13 +168,46 @@ def test_where_nothing_pays_there_is_a_choice_every_few_steps(monkeypatch) -> No
     world.run(speculation, policy, steps=400, skip=20)
     assert np.diff(calls[-10:]).tolist() == [32] * 9
     assert speculation.counts.num_rows == 840
-    # Who comes or goes is chosen for at once.
+    # Who comes or goes is chosen for at once; that nothing pays there either is found out sooner than the first time.
     gone = world.sequences.pop()
     for batch in (world.sequences, [*world.sequences, gone]):
         world.sequences = batch
-        for _ in range(3):
+        calls.clear()
+        for _ in range(17):
             world.step(speculation, policy)
-        assert calls[-2:] == [world.steps - 3, world.steps - 1]
+        assert calls == [world.steps - 17, world.steps - 1]
+
+
+def test_drafts_that_could_not_pay_were_they_never_wrong_are_not_thought_about(monkeypatch) -> None:
+    """Rows cost what tokens do: nothing is chosen or looked at, until costs turn out otherwise."""
+    calls = []
+    monkeypatch.setattr(adaptive, "choose", lambda *given: calls.append(world.steps) or choose(*given))
+    world, policy = World(4, lambda row, step: [1.0], lambda rows: 0.001 + 0.01 * rows, 0.004, 1e-4), chain(4)
+    speculation = AdaptiveSpeculation(policy, world.costs(), clock=lambda: world.now)
+    world.run(speculation, policy, steps=100)
+    assert not calls and not np.any(world.drafted) and not speculation.counts.explored_s
+    costs = model(flat)
+    for rows in KNOTS:
+        for _ in range(200):
+            speculation.costs.observe_step(TargetSize(rows), float(costs.step_s(np.array(float(rows)), 1, 0)))
+    world.target_s = flat
+    world.run(speculation, policy, steps=100)
+    assert np.mean(world.drafted[-20:]) > 2
+
+
+@pytest.mark.parametrize("target_s", [flat, linear])
+@pytest.mark.parametrize("batch", [1, 3, 8])
+def test_what_may_pay_is_told_from_what_cannot(target_s, batch: int) -> None:
+    """Where every draft is right, something pays exactly where the best choice of all beats plain decoding."""
+    for level_s, depth in itertools.product([0.0, 0.005, 0.02, 0.1], [1, 4]):
+        costs, levels = model(target_s, level_s), np.arange(depth + 1.0)
+        gain_BDO = np.tile(levels[:, None], (batch, 1, 1))
+        limits_B, load = np.full(batch, depth), Load(batch, batch, 0, 0, batch)
+        options = Options(gain_BDO, gain_BDO, levels, np.zeros(batch), limits_B)
+        best = choose(options, load, costs)
+        assert may_pay(limits_B, levels, load, costs) >= best.depths_B.any()
+        plain_s = float(costs.step_s(np.array(float(batch)), batch, 0))
+        assert may_pay(limits_B, levels, load, costs) == (best.rate * plain_s > 1.01 * batch)
 
 
 def test_a_rest_outlasts_requests_that_come_and_go(monkeypatch) -> None:
