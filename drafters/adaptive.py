@@ -87,6 +87,7 @@ class AdaptiveSpeculation:
         self._device, self._explore, self._clock = device, explore, clock
         # Unknown until the first step has taken its time: a step's worth of looking elsewhere is granted to begin with.
         self._savings: dict[str, float] = {}
+        self._looks = [*self._KINDS]
         self._last: _Step | None = None
         # Whose steps go on without a choice, how many still do, and how many did the last time.
         self._resting: set[Sequence] = set()
@@ -155,7 +156,7 @@ class AdaptiveSpeculation:
         if not may_pay(limits_B, self._expanded_D, load, self.costs):
             self._begin_rest(sequences, self._LONGEST_REST)
             return None
-        records = [self._records.setdefault(one, RequestRecord()) for one in sequences]
+        records = [self._record(one) for one in sequences]
         options = self._options(sequences, records, limits_B, drafter, ready)
         slept = [len(one.token_ids) - record.drafted_len for one, record in zip(sequences, records, strict=True)]
         best = choose(options, load, self.costs)
@@ -168,6 +169,12 @@ class AdaptiveSpeculation:
             before = self._last_rest if self._knows(sequences) else self._last_rest // 4
             self._begin_rest(sequences, min(2 * before + 1, self._LONGEST_REST))
         return choice if choice.depths_B.any() else None
+
+    def _record(self, one: Sequence) -> RequestRecord:
+        record = self._records.get(one)
+        if record is None:
+            record = self._records[one] = self._outlook.record()
+        return record
 
     def _begin_rest(self, sequences: list[Sequence], num_steps: int) -> None:
         self._rest = self._last_rest = num_steps
@@ -229,13 +236,15 @@ class AdaptiveSpeculation:
         Rows that are not drafted for would never be seen to recover, depths that are not reached to pay, and plain steps to
         have become cheap.
         """
-        for kind in self._KINDS:
+        # Whoever looked last comes last: what costs nothing could look in every step, and nobody else would.
+        for kind in self._looks:
             for depths_B, option in self._elsewhere(kind, options, choice, slept_B):
                 other = instead(options, load, self.costs, choice, depths_B, option)
                 regret = max(choice.value - other.value, 0.0) / max(choice.rate, 1e-12)
                 if regret <= self._savings.get(kind, 0.0):
                     self._savings[kind] = self._savings.get(kind, 0.0) - regret
                     self.counts.explored_s += regret
+                    self._looks = [*(one for one in self._looks if one != kind), kind]
                     return other
         return choice
 

@@ -9,7 +9,7 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 
-from specdec.acceptance_stats import NodeRates, Offset, shifted, shifted_one
+from specdec.acceptance_stats import CONFIDENT, NodeRates, Offset, shifted, shifted_one
 from specdec.interfaces import Commit, Drafter, Noise, TreePolicy
 from specdec.model import PagedModel
 from specdec.pages import PagePool
@@ -91,7 +91,7 @@ class Member:
         return shifted_one(self._rates.rate(self._rates.cell(1, confidence)), 0.0 if offset is None else offset.value)
 
     def _calibrated(self, id: int, tokens: list[int], parents: list[int], confidence: list[float]) -> Draft:
-        offset = self._offsets.setdefault(id, Offset()).value
+        offset = self._offsets.setdefault(id, Offset(CONFIDENT)).value
         depths, cells, edges = [0], [0], [math.nan]
         # Nodes of a tree share few cells.
         known: dict[int, float] = {}
@@ -109,7 +109,7 @@ class Member:
         tokens, parents, sizes = tree.tokens_BN.tolist(), tree.parents_BN.tolist(), tree.num_nodes_B.tolist()
         confidence_BN = None if tree.confidence_BN is None else tree.confidence_BN.cpu().numpy()
         cells_BN = self._rates.cells(np.array([_depths(row) for row in parents]), confidence_BN, np.array(parents))
-        offsets = [self._offsets.setdefault(one.id, Offset()).value for one in sequences]
+        offsets = [self._offsets.setdefault(one.id, Offset(CONFIDENT)).value for one in sequences]
         edges = shifted(self._rates.rates(cells_BN), np.array(offsets)[:, None]).tolist()
         cells = cells_BN.tolist()
         return [

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from specdec.acceptance_stats import DrawRates, Ints, NodeRates, Offset, shifted
+from specdec.acceptance_stats import CONFIDENT, DrawRates, Ints, NodeRates, Offset, shifted
 from specdec.cost import Array
 from specdec.drafters.sampled import Sampled
 from specdec.interfaces import TreePolicy
@@ -23,7 +23,7 @@ class RequestRecord:
     """What is known of one request: its offset, its drafts' profile (per depth: how often seen, and by price the nodes worth
     that much, as counts and as accepted tokens), and how many tokens it had when it was last drafted for."""
 
-    offset: Offset = field(default_factory=Offset)
+    offset: Offset
     seen_D: Array | None = None
     profile_2DP: Array | None = None
     drafted_len: int = 0
@@ -75,6 +75,10 @@ class Outlook(Protocol):
 
     policies: list[TreePolicy]
 
+    def record(self) -> RequestRecord:
+        """Of a request of which nothing is known yet."""
+        ...
+
     def promise(self, records: Seq[RequestRecord], ready: Scores | None = None) -> tuple[Array, Array]:
         """Expected accepted tokens and nodes to verify, [B, D + 1, O]: depth d under option o; `ready` are trees that are there
         whatever is drafted."""
@@ -110,6 +114,9 @@ class FixedOutlook:
         at = self._price_below(probs)
         for depth in range(int((at < len(self._price_O)).sum())):
             self._profile_2DP[:, depth, at[depth]] = 1.0, probs[depth]
+
+    def record(self) -> RequestRecord:
+        return RequestRecord(Offset(CONFIDENT))
 
     def promise(self, records: Seq[RequestRecord], ready: Scores | None = None) -> tuple[Array, Array]:
         seen_BD, own_B2DP = self._own(records)
@@ -218,6 +225,9 @@ class DrawnOutlook:
         self.policies = variants
         self._nodes_DV = _from_nothing(nodes_DV, 0)
         self.rates = DrawRates(self._depth, int(self._widths_DV.max()))
+
+    def record(self) -> RequestRecord:
+        return RequestRecord(Offset())
 
     def promise(self, records: Seq[RequestRecord], ready: Scores | None = None) -> tuple[Array, Array]:
         rates_DV = np.take_along_axis(self.rates.rates(), self._widths_DV, 1)

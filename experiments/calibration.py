@@ -33,10 +33,10 @@ from specdec.sequence import Sequence
 from specdec.tree import DrawKind, TokenTree, TreeSpec
 from specdec.verifiers import Follow, Verifier
 
-ROWS = (1, 2, 4, 8, 16, 32, 64)
+ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64)
 _SOURCES = ("attention", "cost", "decoder", "engine", "kv_cache", "model", "packing")
 # What is measured, and how: whatever an earlier version has remembered is measured anew.
-_VERSION = 3
+_VERSION = 4
 _REPEATS, _WARM_UP = 3, 2
 # What a busy machine is seen by, and seconds above which a step is measured once.
 _STEADY, _LONG = 1.3, 0.3

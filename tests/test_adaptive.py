@@ -288,7 +288,7 @@ def test_wrong_costs_are_put_right_by_what_steps_take() -> None:
     world = World(2, lambda row, step: [0.3], lambda rows: 0.01 * rows, 1e-4, 1e-6)
     policy = chain(4)
     speculation = AdaptiveSpeculation(policy, model(lambda rows: 0.02, 1e-4, 1e-6), clock=lambda: world.now)
-    found = world.run(speculation, policy, steps=100, skip=150)
+    found = world.run(speculation, policy, steps=100, skip=60)
     assert found > 0.95 * 2 / world.target_s(2)
 
 
