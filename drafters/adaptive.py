@@ -146,9 +146,9 @@ class AdaptiveSpeculation:
         return load.num_emitting / float(plain_s) * float(np.diff(seconds).min())
 
     def _knows(self, sequences: list[Sequence]) -> bool:
-        """Whether these are those that rest, but for less than a quarter: where many come and go, each would end all rest."""
-        num_known = sum(one in self._resting for one in sequences)
-        return 4 * (max(len(sequences), len(self._resting)) - num_known) < len(self._resting)
+        """Whether about as many run as when the rest began, half of them the same: of a new one no more is known than then."""
+        size, num_known = len(self._resting), sum(one in self._resting for one in sequences)
+        return 4 * abs(len(sequences) - size) < size and 2 * num_known >= len(sequences)
 
     def _choose(self, sequences: list[Sequence], drafter: Drafter, load: Load, ready: Scores | None) -> Choice | None:
         """What to draft; None where that is nothing, and then the next steps rest."""
@@ -195,9 +195,11 @@ class AdaptiveSpeculation:
         rows = last.load.num_rows + (0 if tree is None else int(tree.num_nodes_B.sum()) - tree.batch_size)
         self.costs.observe_step(TargetSize(rows, last.load.num_sequences, last.load.context), seconds - last.draft_s)
         # Of a prompt's time none is saved up: steps behind it take less, and looks elsewhere are paid by those.
-        sizes = np.array([rows - last.load.num_prompt, rows], dtype=float)
-        bare_s, whole_s = self.costs.step_s(sizes, last.load.num_sequences, last.load.context)
-        saved = seconds * float(bare_s / whole_s)
+        saved = seconds
+        if last.load.num_prompt:
+            sizes = np.array([rows - last.load.num_prompt, rows], dtype=float)
+            bare_s, whole_s = self.costs.step_s(sizes, last.load.num_sequences, last.load.context)
+            saved = seconds * float(bare_s / whole_s)
         for kind in self._KINDS:
             earned = self._savings.get(kind, saved) + self._explore * saved / len(self._KINDS)
             # Saved time must not turn into a row of steps that all look elsewhere.

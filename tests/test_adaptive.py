@@ -226,6 +226,22 @@ def test_a_rest_outlasts_requests_that_come_and_go(monkeypatch) -> None:
     assert len(calls) < 25
 
 
+def test_a_rest_ends_where_most_are_new(monkeypatch) -> None:
+    """Of two requests one may be another; of both another, or of one, all has to be chosen anew."""
+    calls = []
+    monkeypatch.setattr(adaptive, "choose", lambda *given: calls.append(world.steps) or choose(*given))
+    for before, after, is_over in [([0, 1], [0, 2], False), ([0, 1], [2, 3], True), ([0], [1], True)]:
+        world, policy = World(4, lambda row, step: [0.0], linear, 0.004, 1e-4), chain(4)
+        speculation, every = AdaptiveSpeculation(policy, world.costs(), explore=0.0), world.sequences
+        world.sequences = [every[i] for i in before]
+        world.run(speculation, policy, steps=200)
+        while calls[-1] != world.steps - 1:
+            world.step(speculation, policy)
+        world.sequences = [every[i] for i in after]
+        world.step(speculation, policy)
+        assert (calls[-1] == world.steps - 1) == is_over
+
+
 def test_what_is_ready_is_valued_with_what_may_be_drafted() -> None:
     """Rows that have something already are drafted for only where that brings more; brute force tries all."""
     generator, costs, depth = np.random.default_rng(0), model(lambda rows: 0.01 + 0.001 * rows), 3
