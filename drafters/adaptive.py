@@ -87,7 +87,8 @@ class AdaptiveSpeculation:
         self._device, self._explore, self._clock = device, explore, clock
         # Unknown until the first step has taken its time: a step's worth of looking elsewhere is granted to begin with.
         self._savings: dict[str, float] = {}
-        self._looks = [*self._KINDS]
+        # Which kind of look is next.
+        self._turns = [*self._KINDS]
         self._last: _Step | None = None
         # Whose steps go on without a choice, how many still do, and how many did the last time.
         self._resting: set[Sequence] = set()
@@ -146,7 +147,8 @@ class AdaptiveSpeculation:
         return load.num_emitting / float(plain_s) * float(np.diff(seconds).min())
 
     def _knows(self, sequences: list[Sequence]) -> bool:
-        """Whether about as many run as when the rest began, half of them the same: of a new one no more is known than then."""
+        """Whether about as many run as when the rest began, and half of them did then: of a new one no more is known than of
+        the others at that time, so that each that comes or goes need not end all rest."""
         size, num_known = len(self._resting), sum(one in self._resting for one in sequences)
         return 4 * abs(len(sequences) - size) < size and 2 * num_known >= len(sequences)
 
@@ -165,8 +167,7 @@ class AdaptiveSpeculation:
             # A look at a plain step is no reason to rest: it would be many, and none of them accounted for.
             self._rest = self._last_rest = 0
         elif not choice.depths_B.any():
-            # Of others it is likely, not known, that nothing pays there either.
-            before = self._last_rest if self._knows(sequences) else self._last_rest // 4
+            before = self._last_rest if self._knows(sequences) else 0
             self._begin_rest(sequences, min(2 * before + 1, self._LONGEST_REST))
         return choice if choice.depths_B.any() else None
 
@@ -239,14 +240,14 @@ class AdaptiveSpeculation:
         have become cheap.
         """
         # Whoever looked last comes last: what costs nothing could look in every step, and nobody else would.
-        for kind in self._looks:
+        for kind in self._turns:
             for depths_B, option in self._elsewhere(kind, options, choice, slept_B):
                 other = instead(options, load, self.costs, choice, depths_B, option)
                 regret = max(choice.value - other.value, 0.0) / max(choice.rate, 1e-12)
                 if regret <= self._savings.get(kind, 0.0):
                     self._savings[kind] = self._savings.get(kind, 0.0) - regret
                     self.counts.explored_s += regret
-                    self._looks = [*(one for one in self._looks if one != kind), kind]
+                    self._turns = [*(one for one in self._turns if one != kind), kind]
                     return other
         return choice
 

@@ -43,8 +43,6 @@ class Found:
             rows = self._union.join(self._sequences, self._drafts, self._policy)
             scores = Scores.of_lists(rows)
         kept_BN = keep(scores.probs_BN)
-        if not kept_BN.any():
-            return scores, self._union.roots(self._sequences)
         kept_BN[:, 0] = True
         return scores, self._union.tree(
             [part(row, kept_N.nonzero()[0].tolist()) for row, kept_N in zip(rows, kept_BN, strict=True)]

@@ -8,7 +8,6 @@ from collections.abc import Sequence as Seq
 
 from specdec.drafters.member import Draft, Member, ReadyMade, path_probs
 from specdec.drafters.pruning import shallower
-from specdec.int_tensor import int_tensor
 from specdec.interfaces import Commit, Drafter, Noise, TreePolicy
 from specdec.model import PagedModel
 from specdec.pages import PagePool
@@ -99,10 +98,6 @@ class UnionDrafter:
     def tree(self, rows: Seq[Joined]) -> TokenTree:
         trees = [(tokens, parents) for tokens, parents, _ in rows]
         return TokenTree.from_lists(trees, self._vocab_size, [edges for _, _, edges in rows], self._device)
-
-    def roots(self, sequences: Seq[Sequence]) -> TokenTree:
-        """Trees of nothing drafted."""
-        return TokenTree.roots(int_tensor([one.root for one in sequences], self._device), self._vocab_size)
 
     def _ask(
         self,

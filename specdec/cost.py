@@ -98,15 +98,12 @@ class CostModel:
 
     _CLIP = 0.5
     _DRIFT, _SLOWEST = 0.1, 0.05
-    _FAR = 1e6
 
     def __init__(self, target: TargetCost, draft: DraftCost) -> None:
         self.target, self.draft = target, draft
         self._drift = self._draft_bend = 0.0
         self._bend_K, self._seen_K = np.zeros((2, len(target.knots)))
         self._num_drafts = 0
-        self._knots_K = np.array([*target.knots, target.knots[-1] + self._FAR], dtype=float)
-        self._seconds_K = np.array(target.seconds)
         self._curve = self._bent()
 
     def step_s(self, rows: Array, num_sequences: int, context: int) -> Array:
@@ -137,11 +134,12 @@ class CostModel:
 
     def _bent(self) -> tuple[Array, Array]:
         """The curve as it is seen now, with a last knot so far out that no step lies beyond it."""
-        knots, seconds = self._knots_K, np.append(self._seconds_K * np.exp(self._bend_K), 0.0)
+        knots = np.array(self.target.knots, dtype=float)
+        seconds = np.array(self.target.seconds) * np.exp(self._bend_K)
         # Of a single size nothing is known about another: costs are taken to be constant.
-        slope = (seconds[-2] - seconds[-3]) / (knots[-2] - knots[-3]) if len(knots) > 2 else 0.0
-        seconds[-1] = seconds[-2] + max(slope, 0.0) * self._FAR
-        return knots, seconds
+        slope = (seconds[-1] - seconds[-2]) / (knots[-1] - knots[-2]) if len(knots) > 1 else 0.0
+        far = 1e6
+        return np.append(knots, knots[-1] + far), np.append(seconds, seconds[-1] + max(slope, 0.0) * far)
 
     def _error(self, seconds: float, predicted: float) -> float:
         """How far the logarithm is off; a pause of the machine counts as no more than a moderate error."""

@@ -170,15 +170,7 @@ def test_no_rule_beats_the_optimum(policy: Sampled) -> None:
         assert sum(prob * len(span) for span, prob in law.items()) < optimum(policy, WORLD_3, case) + 1e-7
 
 
-def test_the_command_writes_a_certificate(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    from specdec.certificates.catalogue import MUTANTS
-    from specdec.experiments import certify as experiment
-
-    # Each of them is planted in test_mutants.py.
-    some = MUTANTS[::4]
-    monkeypatch.setattr(experiment, "MUTANTS", some)
+def test_the_command_writes_a_certificate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "certificate.json"
     assert cli.main(["certify", f"output={output}"]) == 0
     report = json.loads(output.read_text())
@@ -189,8 +181,7 @@ def test_the_command_writes_a_certificate(
     assert all(row["total_variation"] > 0.1 for row in lossy) and report["real"] == [] and report["numerics"] == {}
     fields = {"rule", "kind", "tree", "max_error", "expected_accepted", "optimum"}
     assert all(fields <= set(row) and math.isfinite(row["optimum"]) for row in report["rules"])
-    assert len(MUTANTS) >= 25 and len(report["mutants"]) == len(some)
-    assert all(row["caught"] and row["by"] for row in report["mutants"])
+    assert len(report["mutants"]) >= 25 and all(row["caught"] and row["by"] for row in report["mutants"])
     assert output.with_suffix(".png").stat().st_size > 10_000
     out = capsys.readouterr().out
     assert "LOSSY" in out and f"TV {lossy[0]['total_variation']:.3f}" in out and "passed" in out
