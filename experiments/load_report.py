@@ -27,7 +27,11 @@ def load_tables(rows: Seq[Row]) -> Group:
     for (name, kind), speedups in _speedups(rows).items():
         point = crossover(speedups)
         if point is not None:
-            parts.append(f"{name}: faster than plain decoding up to about {point:.1f} {AXES[kind]}")
+            slower = ", ".join(f"{load:g}" for load, speedup in speedups if load < point and speedup < 1)
+            parts.append(
+                f"{name}: faster than plain decoding up to about {point:.1f} {AXES[kind]}"
+                + (f", but slower at {slower}" if slower else "")
+            )
     if len({row["share_prefixes"] for row in rows if row["share_prefixes"] is not None}) > 1:
         parts.append(prefix_table(rows))
     return Group(*parts)

@@ -127,12 +127,20 @@ ROWS = [
 ]
 
 
+def test_a_curve_that_dips_is_not_called_faster_throughout() -> None:
+    speedups = {1: 1.1, 2: 0.9, 4: 1.2, 8: 0.8}
+    rows = [make_row("adaptive", users, 10.0, speedup=speedup) for users, speedup in speedups.items()]
+    out = io.StringIO()
+    Console(file=out, width=200).print(load_tables(rows))
+    assert "up to about 6.0 users at once, but slower at 2" in out.getvalue()
+
+
 def test_tables_show_the_crossover_and_what_sharing_spares() -> None:
     out = io.StringIO()
     Console(file=out, width=200).print(load_tables([*ROWS, make_row("transformers", 1, 5.0, False)]))
     text = out.getvalue()
     # Speedups 1.6, 1.2 and 0.4: one at 2.5 users.
-    assert "fixed: faster than plain decoding up to about 2.5 users at once" in text
+    assert "fixed: faster than plain decoding up to about 2.5 users at once" in text and "but slower" not in text
     assert "sharing prefixes" in text and text.count("895") == 6
     out = io.StringIO()
     Console(file=out, width=200).print(load_tables([row for row in ROWS if row["share_prefixes"]]))
