@@ -18,6 +18,7 @@ TARGETS = {
     "here": None,
     "avx2": (("avx2", "fma"), _AVX2),
     "emulated-avx512": (("avx2", "fma"), _FLAGS),
+    "emulated-avx512_bf16": (("avx2", "fma"), (*_FLAGS, "-D__AVX512BF16__")),
     "emulated-amx": (("avx2", "fma"), (*_FLAGS, "-D__AMX_BF16__")),
 }
 

@@ -1,8 +1,12 @@
 // Attention of the tokens of many sequences over their pages.
 #pragma once
 #include "attention_fma.h"
-#ifdef __AMX_BF16__
+#if defined(__AMX_BF16__)
 #include "attention_amx.h"
+typedef BlockByTiles BlockByHalves;
+#elif defined(__AVX512BF16__)
+#include "attention_pairs.h"
+typedef BlockByPairs BlockByHalves;
 #endif
 
 template <typename Block>
@@ -23,8 +27,8 @@ static inline void attend(const Sequence* sequences, long count, const Heads& he
             typename decltype(block)::type(sequences[s], heads, group, row)
                 .run(queries, query_stride, keys, values, out, out_stride);
   };
-#ifdef __AMX_BF16__
-  if (heads.size % DEPTH == 0 && heads.size <= 256 && !heads.sinks) return attend_all(Kind<BlockByTiles>());
+#ifdef __AVX512BF16__
+  if (heads.size % DEPTH == 0 && heads.size <= 256 && !heads.sinks) return attend_all(Kind<BlockByHalves>());
 #endif
   attend_all(Kind<BlockByFma>());
 }

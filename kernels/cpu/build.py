@@ -18,6 +18,10 @@ _AVX2, _AVX512 = ("-mavx2", "-mfma"), ("-mavx512f", "-mavx512bw", "-mavx512dq", 
 # What the kernels can be built for, the fastest first: what /proc/cpuinfo must list, and what the compiler is told.
 _TARGETS = {
     "amx": (("amx_bf16", "avx512_bf16"), ("-march=sapphirerapids", "-mprefer-vector-width=512")),
+    "avx512_bf16": (
+        ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16"),
+        (*_AVX2, *_AVX512, "-mavx512bf16", "-mprefer-vector-width=512"),
+    ),
     "avx512": (("avx512f", "avx512bw", "avx512dq", "avx512vl"), (*_AVX2, *_AVX512, "-mprefer-vector-width=512")),
     "avx2": (("avx2", "fma"), _AVX2),
 }
@@ -39,7 +43,7 @@ def library() -> ctypes.CDLL:
     # torch's own OpenMP threads are already there, under the same name; a second set would fight them for the cores.
     library = ctypes.CDLL(str(_built(instruction_set())))
     if not library.specdec_can_run():
-        raise NotBuilt("the operating system does not let this process use AMX; SPECDEC_CPU=avx512 does without")
+        raise NotBuilt("the operating system does not let this process use AMX; SPECDEC_CPU=avx512_bf16 does without")
     # Addresses go as plain integers, which take half the time of pointers in the call that a step makes most.
     number, real = ctypes.c_int64, ctypes.c_float
     library.specdec_linear.argtypes = [number] * 6
@@ -54,7 +58,7 @@ def library() -> ctypes.CDLL:
 
 
 def instruction_set() -> str:
-    """What the kernels are built for: amx, avx512 or avx2, the best that this CPU has, or what SPECDEC_CPU says.
+    """What the kernels are built for: amx, avx512_bf16, avx512 or avx2, the best that this CPU has, or what SPECDEC_CPU says.
 
     Raises NotBuilt where there is none, ValueError for one that this CPU does not have.
     """

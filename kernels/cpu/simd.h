@@ -26,6 +26,32 @@ static inline void store_some(bf16* to, Floats x, long count) {
   std::memcpy(to, all, count * sizeof(bf16));
 }
 
+#ifndef __AVX512BF16__
+// Two inputs of 16 outputs, and two of a row, widened; sums take the first before the second.
+struct Pairs {
+  Floats even, odd;
+};
+struct RowPair {
+  float even, odd;
+};
+
+static inline Pairs load_pairs(const bf16* from) {
+  Pairs pairs;
+  load_pairs(from, pairs.even, pairs.odd);
+  return pairs;
+}
+static inline float widened(bf16 x) {
+  const uint32_t bits = (uint32_t)x << 16;
+  float wide;
+  std::memcpy(&wide, &bits, sizeof wide);
+  return wide;
+}
+static inline RowPair row_pair(const bf16* from) { return {widened(from[0]), widened(from[1])}; }
+static inline Floats plus_products(Floats c, const Pairs& weights, RowPair row) {
+  return plus_product(plus_product(c, weights.even, all(row.even)), weights.odd, all(row.odd));
+}
+#endif
+
 // exp(x) for x <= 88, to 2 units in the last place; 0 below -87 and for -inf.
 static inline Floats exponential(Floats x) {
   const Floats n = nearest(x * all(1.44269504f));

@@ -54,5 +54,21 @@ static inline void store_pairs(bf16* to, Floats even, Floats odd) {
   _mm512_storeu_si512(to, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
 }
 
+#ifdef __AVX512BF16__
+// Two inputs of 16 outputs, and two of a row, multiplied as they lie, twice as many at a time as floats are.
+typedef __m512i Pairs;
+typedef uint32_t RowPair;
+
+static inline Pairs load_pairs(const bf16* from) { return _mm512_loadu_si512(from); }
+static inline RowPair row_pair(const bf16* from) {
+  RowPair pair;
+  std::memcpy(&pair, from, sizeof pair);
+  return pair;
+}
+static inline Floats plus_products(Floats c, Pairs weights, RowPair row) {
+  return _mm512_dpbf16_ps(c, (__m512bh)_mm512_set1_epi32(row), (__m512bh)weights);
+}
+#endif
+
 // Sums of 16 floats that fit the registers beside what a product needs.
 constexpr long SUMS = 24;

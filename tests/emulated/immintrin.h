@@ -1,9 +1,15 @@
-// Stands in for the compiler's header of this name: what the kernels use of AVX-512, and of AMX where __AMX_BF16__ is defined,
-// in plain C++. So their code for these is tested on machines without them.
+// Stands in for the compiler's header of this name: what the kernels use of AVX-512, of its products of bfloat16 where
+// __AVX512BF16__ is defined, and of AMX where __AMX_BF16__ is, in plain C++. So their code for these is tested on machines
+// without them.
 #pragma once
 #ifdef __AMX_BF16__
 #define EMULATES_AMX
 #undef __AMX_BF16__
+#define __AVX512BF16__
+#endif
+#ifdef __AVX512BF16__
+#define EMULATES_BF16
+#undef __AVX512BF16__
 #endif
 #include_next <immintrin.h>
 
@@ -111,6 +117,14 @@ static inline __m256i nearest_bf16(__m512 x) {
     return x[i] != x[i] ? 0x7fc0 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
   }));
 }
+static inline float bf16(uint32_t bits) { return as<float>(bits << 16); }
+static inline __m512 plus_pairs(__m512 c, __m512bh a, __m512bh b) {
+  const u32 left = as<u32>(a), right = as<u32>(b);
+  return made<f32>([&](int i) {
+    const float odd = std::fma(bf16(left[i] >> 16), bf16(right[i] >> 16), c[i]);
+    return std::fma(bf16(left[i]), bf16(right[i]), odd);
+  });
+}
 static inline __m512i unpack32(__m512i a, __m512i b, int from) {
   return as<__m512i>(made<u32>([&](int i) { return as<u32>(i % 2 ? b : a)[i / 4 * 4 + from + i % 4 / 2]; }));
 }
@@ -179,10 +193,14 @@ static inline __m512i permute16(__m512i a, __m512i which, __m512i b) {
 #define _mm512_shuffle_i32x4 emulated::shuffle_quarters
 #define _mm512_permutex2var_epi16 emulated::permute16
 
-#ifdef EMULATES_AMX
-#define __AMX_BF16__ 1
+#ifdef EMULATES_BF16
 #define __AVX512BF16__ 1
 #define _mm512_cvtneps_pbh emulated::nearest_bf16
+#define _mm512_dpbf16_ps emulated::plus_pairs
+#endif
+
+#ifdef EMULATES_AMX
+#define __AMX_BF16__ 1
 // The operating system is not asked.
 #define syscall(...) 0
 
@@ -192,7 +210,6 @@ alignas(64) inline thread_local float tiles[8][16][16];
 // Whether the tiles may be used, as by what the thread configured.
 inline thread_local uint8_t configured = 0;
 
-static inline float bf16(uint16_t bits) { return as<float>((uint32_t)bits << 16); }
 static inline void require_tiles() {
   if (!configured) __builtin_trap();
 }

@@ -1,0 +1,210 @@
+// Attention over pages where the CPU multiplies pairs of bfloat16: 16 rows (queries times the heads of a group) side by side in
+// a vector. A row's bits depend on its own path alone: scores are sums for themselves, and values are added pair by pair
+// of positions, in the order of its path.
+#pragma once
+#include "sequence.h"
+#include "transpose.h"
+
+// One block of 16 rows of one sequence and group.
+class BlockByPairs : BlockOfRows {
+ public:
+  // `queries` and `out` are rows of the packed forward, `keys` and `values` one layer of the cache.
+  BlockByPairs(const Sequence& sequence, const Heads& heads, long group, long first_row)
+      : BlockOfRows(sequence, heads, group, first_row) {
+    common_ = sequence.tail_mask ? sequence.visible_len : longest_;
+    pairs_ = (longest_ + 1) / 2;
+  }
+
+  void run(const bf16* queries, long query_stride, const bf16* keys, const bf16* values, bf16* out, long out_stride) {
+    static thread_local Scratch queries_memory, scores_memory, weights_memory, results_memory, path_memory;
+    queries_ = (Pairs*)queries_memory.get(heads_.size / 2 * sizeof(Pairs));
+    scores_ = (Floats*)scores_memory.get(2 * pairs_ * sizeof(Floats));
+    weights_ = (RowPair*)weights_memory.get(pairs_ * ROWS * sizeof(RowPair));
+    results_ = (float*)results_memory.get(ROWS * heads_.size * sizeof(float));
+    path_ = (int64_t*)path_memory.get((1 + sequence_.num_keys - sequence_.visible_len) * sizeof(int64_t));
+    step_ = heads_.num_groups * heads_.size;
+    keys += group_ * heads_.size;
+    values += group_ * heads_.size;
+    pack_queries(queries, query_stride);
+    score(keys);
+    const Floats sums = exponentiate();
+    std::memset(results_, 0, ROWS * heads_.size * sizeof(float));
+    // A pair that the tree divides belongs to each query's own path.
+    const long even = sequence_.tail_mask ? common_ / 2 * 2 : common_;
+    for (long e = 0; e < heads_.size; e += WIDTH) gather(values, e, even);
+    if (sequence_.tail_mask)
+      each_path(even, [&](long first, long rows, long len) { gather_path(values, first, rows, even, len); });
+    alignas(64) float total[ROWS];
+    store_floats(total, sums);
+    for (long r = 0; r < count_; ++r) {
+      bf16* to = out + place_of(r, out_stride);
+      for (long e = 0; e < heads_.size; e += 16) store(to + e, load_floats(results_ + r * heads_.size + e) / all(total[r]));
+    }
+  }
+
+ private:
+  // Components whose values lie interleaved at a time, and pairs of positions.
+  static constexpr long WIDTH = 32, TILE = 16;
+
+  // [pair of components][row].
+  void pack_queries(const bf16* queries, long stride) {
+    for (long e = 0; e < heads_.size; e += DEPTH) {
+      __m512i rows[16];
+      for (long r = 0; r < ROWS; ++r)
+        rows[r] = r < count_ ? _mm512_loadu_si512(queries + place_of(r, stride) + e) : _mm512_setzero_si512();
+      transpose(rows);
+      for (long i = 0; i < 16; ++i) queries_[e / 2 + i] = rows[i];
+    }
+  }
+
+  const bf16* at(const bf16* cache, long key) const { return cache + sequence_.slot(key) * step_; }
+
+  // Scores [position][row] behind one another: of what all rows see, then of each row's own path.
+  void score(const bf16* keys) {
+    for (long p = 0; p < common_; p += 16) score_some(keys, p, common_ - p < 16 ? common_ - p : 16, scores_ + p);
+    for (long p = common_; p < 2 * pairs_; ++p) scores_[p] = all(-INFINITY);
+    if (!sequence_.tail_mask) return mask_later();
+    const long tail = sequence_.num_keys - common_;
+    static thread_local Scratch tail_memory;
+    Floats* of_tail = (Floats*)tail_memory.get(tail * sizeof(Floats));
+    for (long m = 0; m < tail; m += 16) score_some(keys, common_ + m, tail - m < 16 ? tail - m : 16, of_tail + m);
+    for (long r = 0; r < count_; ++r) {
+      const uint8_t* sees = sequence_.tail_mask + query_of(r) * tail;
+      long p = common_;
+      for (long m = 0; m < tail; ++m)
+        if (sees[m]) ((float*)(scores_ + p++))[r] = ((float*)(of_tail + m))[r];
+    }
+    if (heads_.window > 0) mask_later();
+  }
+
+  // Of `count` keys in a row, up to 16.
+  void score_some(const bf16* keys, long key, long count, Floats* to) const {
+    const bf16* from[16];
+    for (long i = 0; i < 16; ++i) from[i] = at(keys, key + (i < count ? i : 0));
+    const Floats scaling = all(heads_.scaling);
+    for (long i = 0; i < count; i += 8) {
+      Floats sums[8];
+#pragma GCC unroll 8
+      for (long j = 0; j < 8; ++j) sums[j] = all(0.0f);
+      for (long e = 0; e < heads_.size / 2; ++e) {
+        const Pairs queries = queries_[e];
+#pragma GCC unroll 8
+        for (long j = 0; j < 8; ++j) sums[j] = plus_products(sums[j], queries, row_pair(from[i + j] + 2 * e));
+      }
+      for (long j = 0; j < 8 && i + j < count; ++j) to[i + j] = sums[j] * scaling;
+    }
+  }
+
+  // What lies behind a row's position, or before its window, it does not see.
+  void mask_later() {
+    const __m512i lasts = _mm512_load_si512(last_);
+    const __m512i window = _mm512_set1_epi32(heads_.window > 0 ? heads_.window : INT32_MAX / 2);
+    for (long p = 0; p < longest_; ++p) {
+      const __m512i position = _mm512_set1_epi32(p);
+      const __mmask16 sees = _mm512_cmple_epi32_mask(position, lasts) &
+                             _mm512_cmpgt_epi32_mask(_mm512_add_epi32(position, window), lasts);
+      scores_[p] = _mm512_mask_mov_ps(all(-INFINITY), sees, scores_[p]);
+    }
+  }
+
+  // Scores to pairs of weights before they are divided by their sums, which it returns.
+  Floats exponentiate() {
+    Floats best = all(-INFINITY), sums = all(0.0f);
+    for (long p = 0; p < longest_; ++p) best = larger(best, scores_[p]);
+    // Rows behind the last one see nothing.
+    best = _mm512_maskz_mov_ps((1 << count_) - 1, best);
+    for (long pair = 0; pair < pairs_; ++pair) {
+      const Floats one = exponential(scores_[2 * pair] - best), other = exponential(scores_[2 * pair + 1] - best);
+      sums = sums + one + other;
+      store_pairs((bf16*)(weights_ + pair * ROWS), one, other);
+    }
+    return sums;
+  }
+
+  // Two positions' components, the first's and the second's side by side.
+  static void interleave(const bf16* one, const bf16* other, Pairs& low, Pairs& high) {
+    alignas(64) static constexpr uint16_t ORDER[2][32] = {
+        {0, 32, 1, 33, 2, 34, 3, 35, 4, 36, 5, 37, 6, 38, 7, 39, 8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47},
+        {16, 48, 17, 49, 18, 50, 19, 51, 20, 52, 21, 53, 22, 54, 23, 55,
+         24, 56, 25, 57, 26, 58, 27, 59, 28, 60, 29, 61, 30, 62, 31, 63}};
+    const __m512i first = _mm512_loadu_si512(one), second = other ? _mm512_loadu_si512(other) : _mm512_setzero_si512();
+    low = _mm512_permutex2var_epi16(first, _mm512_load_si512(ORDER[0]), second);
+    high = _mm512_permutex2var_epi16(first, _mm512_load_si512(ORDER[1]), second);
+  }
+
+  // Adds 32 components of the values at the positions before `end`, weighted, to all rows.
+  void gather(const bf16* values, long e, long end) {
+    Pairs near[2 * TILE];
+    for (long from = 0; from < end; from += 2 * TILE) {
+      const long pairs = (end - from < 2 * TILE ? end - from + 1 : 2 * TILE) / 2;
+      for (long i = 0; i < pairs; ++i) {
+        const long p = from + 2 * i;
+        interleave(at(values, p) + e, p + 1 < end ? at(values, p + 1) + e : nullptr, near[2 * i], near[2 * i + 1]);
+      }
+      const RowPair* weights = weights_ + from / 2 * ROWS;
+      long r = 0;
+      for (; r + 8 <= count_; r += 8) add<8>(near, weights, pairs, r, e);
+      if (r + 4 <= count_) add<4>(near, weights, pairs, r, e), r += 4;
+      for (; r < count_; ++r) add<1>(near, weights, pairs, r, e);
+    }
+  }
+
+  template <long NUM>
+  void add(const Pairs* values, const RowPair* weights, long pairs, long row, long e) {
+    Floats low[NUM], high[NUM];
+    float* results = results_ + row * heads_.size + e;
+#pragma GCC unroll 8
+    for (long r = 0; r < NUM; ++r) {
+      low[r] = load_floats(results + r * heads_.size);
+      high[r] = load_floats(results + r * heads_.size + 16);
+    }
+    for (long i = 0; i < pairs; ++i) {
+      const Pairs a = values[2 * i], b = values[2 * i + 1];
+#pragma GCC unroll 8
+      for (long r = 0; r < NUM; ++r) {
+        const RowPair weight = weights[i * ROWS + row + r];
+        low[r] = plus_products(low[r], a, weight);
+        high[r] = plus_products(high[r], b, weight);
+      }
+    }
+#pragma GCC unroll 8
+    for (long r = 0; r < NUM; ++r) {
+      store_floats(results + r * heads_.size, low[r]);
+      store_floats(results + r * heads_.size + 16, high[r]);
+    }
+  }
+
+  // Calls visit(first row, rows, len) for the rows of each query; `path_` holds the slots of what they see from position
+  // `from` on.
+  template <typename Do>
+  void each_path(long from, Do visit) {
+    const long tail = sequence_.num_keys - sequence_.visible_len;
+    for (long row = 0, next; row < count_; row = next) {
+      const long query = query_of(row);
+      for (next = row; next < count_ && query_of(next) == query;) ++next;
+      long len = 0;
+      for (long key = from; key < sequence_.visible_len; ++key) path_[len++] = sequence_.slot(key);
+      for (long m = 0; m < tail; ++m)
+        if (sequence_.tail_mask[query * tail + m]) path_[len++] = sequence_.slot(sequence_.visible_len + m);
+      visit(row, next - row, len);
+    }
+  }
+
+  void gather_path(const bf16* values, long first, long rows, long from, long len) {
+    Pairs near[2];
+    for (long i = 0; i < len; i += 2)
+      for (long e = 0; e < heads_.size; e += WIDTH) {
+        interleave(values + path_[i] * step_ + e, i + 1 < len ? values + path_[i + 1] * step_ + e : nullptr, near[0], near[1]);
+        const RowPair* weights = weights_ + (from + i) / 2 * ROWS;
+        for (long r = first; r < first + rows; ++r) add<1>(near, weights, 1, r, e);
+      }
+  }
+
+  // Positions that all rows see alike, pairs of them that some row sees, numbers from one slot to the next.
+  long common_, pairs_, step_ = 0;
+  Pairs* queries_ = nullptr;
+  Floats* scores_ = nullptr;
+  RowPair* weights_ = nullptr;
+  float* results_ = nullptr;
+  int64_t* path_ = nullptr;
+};
