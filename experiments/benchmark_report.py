@@ -88,7 +88,7 @@ def _draw(panel: Axes, rows: list[dict[str, Any]], systems: list[str], limit: fl
 
 
 def _label(row: dict[str, Any]) -> str:
-    return f"{row['system']} {row['drafter']}"
+    return f"{row['system']} {row['drafter']}{', adaptive' if row.get('speculation') == 'adaptive' else ''}"
 
 
 def _title(row: dict[str, Any]) -> str:

@@ -117,8 +117,10 @@ def own_contender(overrides: str | None, config: BenchmarkConfig, target: PagedM
     """The system that an item of `systems` describes, or plain decoding (None), on `target` or on one that is loaded for it."""
     target = load_target(config.target) if target is None else target
     system = plain_system() if overrides is None else load_system(system_config(overrides, config.target, config.draft))
-    engine = system.engine(target, replace(config.engine, max_batch_size=max(config.batch_sizes)))
-    return SpecdecContender(own_name(overrides), engine, {"system": "specdec", **system.labels})
+    settings = replace(config.engine, max_batch_size=max(config.batch_sizes))
+    speculation = PLAIN if overrides is None else system.speculation(settings)
+    labels = {"system": "specdec", **system.labels, "speculation": speculation}
+    return SpecdecContender(own_name(overrides), system.engine(target, settings), labels)
 
 
 def their_names(config: BenchmarkConfig) -> list[str]:

@@ -6,7 +6,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from specdec.config import DrafterConfig, EngineConfig, StandInConfig, SystemConfig, TargetConfig, UnionConfig
+from specdec.config import (
+    ContenderConfig,
+    DrafterConfig,
+    EngineConfig,
+    StandInConfig,
+    SystemConfig,
+    TargetConfig,
+    UnionConfig,
+)
 from specdec.drafters.adaptive import AdaptiveSpeculation
 from specdec.drafters.member import ReadyMade
 from specdec.drafters.union import UnionDrafter, check_policy
@@ -28,7 +36,7 @@ SAME_TEXT = (Follow.name, Coupled.name)
 class System:
     """A drafter with its policy (None: plain decoding) and the rule, checked against each other.
 
-    `labels` are the fields of a result row that say what this is.
+    `labels` are the fields of a result row that say what this is, `asked` the speculation it wants instead of the engine's.
     """
 
     drafter: Drafter | None
@@ -36,6 +44,7 @@ class System:
     rule: AcceptanceRule
     labels: dict[str, Any]
     allow_lossy: bool = False
+    asked: str | None = None
 
     def engine(self, target: PagedModel, config: EngineConfig) -> Engine:
         """Raises ValueError for an unknown `speculation`; an adaptive one may measure costs first."""
@@ -60,10 +69,11 @@ class System:
     def speculation(self, config: EngineConfig) -> str:
         """What `config` comes to, `fixed` or `adaptive`. Raises ValueError for an unknown one."""
         check_speculation(config)
-        if config.speculation == "auto":
+        speculation = self.asked or config.speculation
+        if speculation == "auto":
             # Where the text depends on what is drafted, it must not depend on how long things took.
             return "adaptive" if self.rule.name in SAME_TEXT else "fixed"
-        return config.speculation
+        return speculation
 
     def _speculation(self, target: PagedModel, config: EngineConfig, drafter: Drafter | None) -> Speculation | None:
         if drafter is None or self.policy is None:
@@ -75,7 +85,9 @@ class System:
 
 def rule_and_policy(config: SystemConfig) -> tuple[AcceptanceRule, TreePolicy | None]:
     """The parts of a system that need no model. Raises ValueError where the rule would not be exact for the policy's trees, is
-    lossy and not allowed to be, or where the drafter lacks its model."""
+    lossy and not allowed to be, where the drafter lacks its model, or the speculation is unknown."""
+    if isinstance(config, ContenderConfig):
+        check_speculation(config)
     rule = build(config.rule)
     policy_config: Any = getattr(config.drafter, "policy", None)
     if policy_config is None and hasattr(config.drafter, "policy"):
@@ -102,13 +114,15 @@ def load_system(config: SystemConfig) -> System:
         "lossless": rule.lossless,
     }
     drafter = None if policy is None else build(config.drafter)
-    return System(drafter, policy, rule, labels, config.allow_lossy)
+    asked = config.speculation if isinstance(config, ContenderConfig) else None
+    return System(drafter, policy, rule, labels, config.allow_lossy, asked)
 
 
-def check_speculation(config: EngineConfig) -> None:
+def check_speculation(config: EngineConfig | ContenderConfig) -> None:
     """Raises ValueError unless `speculation` is one there is."""
-    if config.speculation not in SPECULATIONS:
-        raise ValueError(f"engine.speculation={config.speculation!r} is unknown: choose {', '.join(SPECULATIONS)}")
+    if config.speculation is not None and config.speculation not in SPECULATIONS:
+        name = "speculation" if isinstance(config, ContenderConfig) else "engine.speculation"
+        raise ValueError(f"{name}={config.speculation!r} is unknown: choose {', '.join(SPECULATIONS)}")
 
 
 def plain_system(rule: AcceptanceRule | None = None) -> System:

@@ -226,6 +226,15 @@ def test_a_head_for_another_drafter_is_refused_with_its_name(model_folder: str, 
         load_system(compose("generate", "drafter=eagle", "draft=./nowhere"))
 
 
+def test_a_system_of_a_benchmark_may_choose_its_own_speculation(model_folder: str) -> None:
+    typed = compose("benchmark", "prompt_file=x.txt", "target=hf", f"target.path={model_folder}")
+    for words, found in (("", "fixed"), (" speculation=adaptive", "adaptive"), (" speculation=auto", "adaptive")):
+        system = load_system(system_config(f"drafter=ngram{words}", typed.target, typed.draft))
+        assert system.speculation(typed.engine) == found
+    with pytest.raises(ValueError, match=r"^speculation='sometimes' is unknown: choose fixed, adaptive, auto"):
+        load_system(system_config("drafter=ngram speculation=sometimes", typed.target, typed.draft))
+
+
 def test_every_system_of_a_certificate_builds(model_folder: str) -> None:
     typed = compose("certify", f"draft={model_folder}")
     for name in [*typed.systems, *typed.draft_systems]:

@@ -20,9 +20,10 @@ from specdec.config.runs import PromptsConfig, RunConfig, SystemConfig, SystemsC
 
 @dataclass
 class ContenderConfig(SystemConfig):
-    """One of the benchmark's systems; its drafter takes dtype and device from the target."""
+    """One of the benchmark's systems; its drafter takes dtype and device from the target. `speculation` None: the engine's."""
 
     target: TargetConfig = field(default_factory=TargetConfig)
+    speculation: str | None = None
 
 
 @dataclass
