@@ -332,6 +332,7 @@ def test_benchmark_measures_every_system_and_resumes(run, model: str, monkeypatc
         assert row["efficiency"] == pytest.approx(row["speedup"] / row["tau"])
         assert row["command"].startswith("specdec benchmark target=hf ")
     assert [row["tau"] for row in rows if row["drafter"] == "plain"] == [1, 1]
+    assert [row.get("speculation") for row in rows] == ["plain", "fixed", "fixed", None, None, None]
     assert rows[2]["tau"] > 1 and rows[2]["rule"] == "rejection" and rows[2]["policy"] == "chain(depth=5, kind=fixed)"
 
 

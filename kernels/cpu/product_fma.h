@@ -3,6 +3,9 @@
 #pragma once
 #include <utility>
 
+#ifdef __AVX512BF16__
+#include "transpose.h"
+#endif
 #include "weight.h"
 
 constexpr bool READS_WHOLE_TILES = false;
@@ -41,6 +44,30 @@ static Multiply multiply_for(long num_rows, std::integer_sequence<long, ROWS_LES
   return of[num_rows - 1];
 }
 
+// Rows to [pair of inputs][row].
+static inline void pair_rows(const bf16* rows, long count, long inputs, RowPair* to) {
+#ifdef __AVX512BF16__
+  if (count == 1) {
+    std::memcpy(to, rows, inputs * sizeof(bf16));
+    return;
+  }
+  for (long first = 0; first < count; first += ROWS) {
+    const long some = count - first < ROWS ? count - first : ROWS;
+    for (long k = 0; k < inputs; k += DEPTH) {
+      __m512i columns[16];
+      for (long r = 0; r < ROWS; ++r)
+        columns[r] = r < some ? _mm512_loadu_si512(rows + (first + r) * inputs + k) : _mm512_setzero_si512();
+      transpose(columns);
+      for (long i = 0; i < 16; ++i)
+        _mm512_mask_storeu_epi32(to + (k / 2 + i) * count + first, (1 << some) - 1, columns[i]);
+    }
+  }
+#else
+  for (long r = 0; r < count; ++r)
+    for (long k = 0; k < inputs / 2; ++k) to[k * count + r] = row_pair(rows + r * inputs + 2 * k);
+#endif
+}
+
 // Up to CHUNK rows in groups of about one size, each laid as [pair of inputs][row].
 class PairedRows {
  public:
@@ -49,10 +76,8 @@ class PairedRows {
     at_ = (RowPair*)memory.get(count * inputs / 2 * sizeof(RowPair));
     groups_ = (count + SUMS - 1) / SUMS;
     for (long group = 0; group < groups_; ++group) {
-      const long first = first_of(group), size = first_of(group + 1) - first;
-      RowPair* to = at_ + first * inputs / 2;
-      for (long r = 0; r < size; ++r)
-        for (long k = 0; k < inputs / 2; ++k) to[k * size + r] = row_pair(rows + (first + r) * inputs + 2 * k);
+      const long first = first_of(group);
+      pair_rows(rows + first * inputs, first_of(group + 1) - first, inputs, at_ + first * inputs / 2);
     }
   }
 

@@ -102,6 +102,7 @@ static inline void store_where(float* to, __mmask16 where, __m512 x) {
   for (int i = 0; i < 16; ++i)
     if (where >> i & 1) to[i] = x[i];
 }
+static inline void store_where(void* to, __mmask16 where, __m512i x) { store_where((float*)to, where, as<__m512>(x)); }
 static inline __m512i left(__m512i x, int by) { return as<__m512i>(as<u32>(x) << by); }
 static inline __m512i right(__m512i x, int by) { return as<__m512i>(as<u32>(x) >> by); }
 static inline __m512i plus(__m512i a, __m512i b) { return as<__m512i>(as<u32>(a) + as<u32>(b)); }
@@ -160,6 +161,7 @@ static inline __m512i permute16(__m512i a, __m512i which, __m512i b) {
 #define _mm512_storeu_si512 emulated::write<__m512i>
 #define _mm512_store_si512 emulated::write<__m512i>
 #define _mm512_mask_store_ps emulated::store_where
+#define _mm512_mask_storeu_epi32 emulated::store_where
 #define _mm512_add_ps(a, b) ((a) + (b))
 #define _mm512_sub_ps(a, b) ((a) - (b))
 #define _mm512_mul_ps(a, b) ((a) * (b))
