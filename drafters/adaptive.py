@@ -16,6 +16,7 @@ from specdec.cost import Array, CostModel, DraftSize, TargetSize
 from specdec.drafters.choosing import Choice, Ints, Load, Options, choose, instead, keep_best, may_pay
 from specdec.drafters.found import Found
 from specdec.drafters.outlook import Outcome, RequestRecord, Scores, outlook_for
+from specdec.drafters.payoff import Payoff
 from specdec.drafters.pruning import prune, shallower
 from specdec.drafters.union import UnionDrafter
 from specdec.int_tensor import int_tensor
@@ -68,6 +69,8 @@ class AdaptiveSpeculation:
     _LONGEST_REST = 31
     # What a drafter must read before it drafts serves the drafts to come: its price is spread over so many steps.
     _HORIZON = 16
+    # Where drafts did not pay, one of so many steps without them is measured.
+    _WATCHED = 4
     # In one of so many steps what is there is looked at whatever it may be worth: guesses must be seen to get better.
     _LOOK_AT_ALL = 16
 
@@ -94,6 +97,7 @@ class AdaptiveSpeculation:
         self._resting: set[Sequence] = set()
         self._rest = self._last_rest = 0
         self._num_looks = 0
+        self._payoff, self._num_learned = Payoff(), 0
         share = (policy.max_expanded - 1) / max(policy.max_depth - 1, 1)
         levels = np.arange(policy.max_depth + 1)
         # The root is run once; the levels behind it are taken to be alike.
@@ -104,6 +108,8 @@ class AdaptiveSpeculation:
         if policy is not self._policy:
             raise ValueError("adaptive speculation was set up for another policy: make one for each engine")
         sequences, load = step.drafting, _load(step)
+        if self._explore and self._payoff.rests(len(sequences), bool(load.num_prompt)):
+            return self._roots(sequences, load)
         found = (
             Found(drafter, sequences, policy, noise, self._least(load)) if isinstance(drafter, UnionDrafter) else None
         )
@@ -113,9 +119,7 @@ class AdaptiveSpeculation:
         elif found is None or not found.is_all:
             choice = self._choose(sequences, drafter, load, ready)
         if choice is None and ready is None:
-            self._last = _Step(sequences, load, [0] * len(sequences))
-            self.counts.num_rows += len(sequences)
-            return TokenTree.roots(int_tensor([one.root for one in sequences], self._device))
+            return self._roots(sequences, load)
         depths: list[int] = [0] * len(sequences) if choice is None else choice.depths_B.tolist()
         scores: Scores | None
         start = self._clock()
@@ -134,6 +138,11 @@ class AdaptiveSpeculation:
         self._last = _Step(sequences, load, depths, scores, option, size, draft_s)
         self._count(depths, scores, tree)
         return tree
+
+    def _roots(self, sequences: list[Sequence], load: Load) -> TokenTree:
+        self._last = _Step(sequences, load, [0] * len(sequences))
+        self.counts.num_rows += len(sequences)
+        return TokenTree.roots(int_tensor([one.root for one in sequences], self._device))
 
     def _least(self, load: Load) -> float:
         """How likely a node must be to be right for any number of such nodes to be worth their time."""
@@ -194,7 +203,11 @@ class AdaptiveSpeculation:
         if last is None or not last.sequences:
             return
         rows = last.load.num_rows + (0 if tree is None else int(tree.num_nodes_B.sum()) - tree.batch_size)
-        self.costs.observe_step(TargetSize(rows, last.load.num_sequences, last.load.context), seconds - last.draft_s)
+        is_bare = rows == last.load.num_rows and last.draft is None
+        self._num_learned += 1
+        # Of steps that are to be plain whatever they take, some are enough.
+        if not self._payoff.is_resting or self._num_learned % self._WATCHED == 0:
+            self._see(last, rows, is_bare, verdict, seconds)
         # Of a prompt's time none is saved up: steps behind it take less, and looks elsewhere are paid by those.
         saved = seconds
         if last.load.num_prompt:
@@ -213,6 +226,18 @@ class AdaptiveSpeculation:
             Outcome(depth, verdict.tokens[row], len(verdict.paths[row]) - 1) for row, depth in enumerate(last.depths)
         ]
         self._outlook.learn(last.scores, records, last.option, outcomes)
+
+    def _see(self, last: _Step, rows: int, is_bare: bool, verdict: Verdict, seconds: float) -> None:
+        load = last.load
+        self.costs.observe_step(TargetSize(rows, load.num_sequences, load.context), seconds - last.draft_s)
+        if load.num_prompt:
+            return
+        # As it was calibrated: what drafts made of it since must not move what they are measured against.
+        plain_s = self.costs.target.predict(load.num_rows, load.num_sequences, load.context)
+        if is_bare:
+            self._payoff.saw_plain(len(last.sequences), seconds, plain_s)
+        else:
+            self._payoff.saw_drafts(len(last.sequences), sum(map(len, verdict.tokens)), seconds, plain_s)
 
     def _options(
         self,

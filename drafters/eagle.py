@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -29,6 +29,7 @@ from specdec.model import PagedModel, Segment, plan_attention
 from specdec.packing import can_pack
 from specdec.pages import PagePool, PageTable
 from specdec.sequence import Sequence
+from specdec.states import PickedStates
 from specdec.static_shapes import StaticInputs
 from specdec.tree import TokenTree
 
@@ -48,7 +49,7 @@ class _State:
     num_computed: int = 0
     first: int = 0
     features: list[Tensor] = field(default_factory=list)
-    hidden: list[dict[int, Tensor]] = field(default_factory=list)
+    hidden: list[Mapping[int, Tensor]] = field(default_factory=list)
 
     def take(self, start: int, end: int) -> Tensor:
         """Features of positions `start`..`end`-1, all fused; those before the last of them are not asked for again."""
@@ -276,9 +277,11 @@ def _grown(trees: GrownTrees, roots_B: Tensor, vocab_size: int) -> Grown:
     return Grown(tree, expanded_BN)
 
 
-def _apart(hidden: dict[int, Tensor]) -> dict[int, Tensor]:
+def _apart(hidden: Mapping[int, Tensor]) -> Mapping[int, Tensor]:
     """The states as they are kept: views of a whole step's as long as most of that is wanted, else copies, so that one that
     waits to be read does not hold on to the prompts of others."""
+    if isinstance(hidden, PickedStates):
+        return hidden.apart(_MOST_HELD)
     if any(states.untyped_storage().nbytes() > _MOST_HELD * states.nbytes for states in hidden.values()):
         return {layer: states.clone() for layer, states in hidden.items()}
     return hidden

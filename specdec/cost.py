@@ -59,6 +59,12 @@ class TargetCost:
             curve.append(curve[-1] + step)
         return TargetCost(knots, tuple(curve), *rest[-3:])
 
+    def predict(self, num_rows: float, num_sequences: int, context: int) -> float:
+        """Seconds of a step as they were calibrated."""
+        rows = np.array(num_rows, dtype=float)
+        seconds = np.interp(rows, self.knots, self.seconds) + self.besides_rows(rows, num_sequences, context)
+        return float(seconds)
+
     def besides_rows(self, rows_C: Array, num_sequences: int, context: int) -> Array:
         """Seconds [C] beyond those of the curve."""
         mean = context / max(num_sequences, 1)

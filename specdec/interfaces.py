@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
@@ -95,7 +96,7 @@ class Commit:
     token_ids: list[int]
     next_token: int
     nodes: list[int] | None
-    hidden: dict[int, Tensor]
+    hidden: Mapping[int, Tensor]
     sequence: Sequence | None = None
 
 
@@ -164,7 +165,7 @@ class Verdict:
     paths: list[list[int]]
     tokens: list[list[int]]
     logprobs: list[list[tuple[float, dict[int, float]]] | None]
-    hidden: dict[int, dict[int, Tensor]] = field(default_factory=dict)
+    hidden: dict[int, Mapping[int, Tensor]] = field(default_factory=dict)
 
 
 class Speculation(Protocol):

@@ -16,6 +16,7 @@ from specdec.pages import PagePool
 from specdec.sampling import ModelLaws, token_logprobs
 from specdec.scheduler import Plan
 from specdec.sequence import Sequence, batch_sampling
+from specdec.states import PickedStates
 from specdec.tree import TokenTree, TreeSpec
 from specdec.verifiers.follow import Follow
 
@@ -83,11 +84,11 @@ class Verifier:
             acceptance = self.rule(tree, ModelLaws(result.logits_RV, tree, sampling), noise)
             verdict = self._commit(plan.verifying, tree, acceptance, result.logits_RV, cache)
         if feature_layers:
-            sizes = [len(segment.token_ids_Q) for segment in segments]
-            states = {layer: every.split(sizes) for layer, every in result.hidden.items()}
-            for i, (one, chunk) in enumerate(zip(plan.sequences, plan.chunks, strict=True)):
+            begin = 0
+            for one, chunk, segment in zip(plan.sequences, plan.chunks, segments, strict=True):
                 path = verdict.paths[place[one.id]] if one.id in place else []
-                verdict.hidden[one.id] = {layer: _kept(each[i], chunk, path) for layer, each in states.items()}
+                verdict.hidden[one.id] = PickedStates(result.hidden, _kept(begin, chunk, path))
+                begin += len(segment.token_ids_Q)
         times.accept_s += time.perf_counter() - done
         return verdict
 
@@ -132,12 +133,11 @@ def _on_host(
     return accepted, extra, sizes, [row[3:behind] for row in rows], [row[behind:] for row in rows]
 
 
-def _kept(states_QD: torch.Tensor, chunk: int, path: list[int]) -> torch.Tensor:
-    """The states of a chunk and of the path in the tree behind it: a view where they stand in a row."""
-    count = chunk + len(path)
+def _kept(begin: int, chunk: int, path: list[int]) -> slice | list[int]:
+    """The packed rows of a chunk that begins at `begin`, and of the path in the tree behind it."""
     if path == list(range(len(path))):
-        return states_QD if count == len(states_QD) else states_QD[:count]
-    return states_QD[[*range(chunk), *(chunk + n for n in path)]]
+        return slice(begin, begin + chunk + len(path))
+    return [*range(begin, begin + chunk), *(begin + chunk + n for n in path)]
 
 
 def _segment(

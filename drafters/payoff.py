@@ -1,0 +1,76 @@
+"""Payoff: whether drafting pays by the clock, whatever was promised."""
+
+from __future__ import annotations
+
+import math
+
+
+class Payoff:
+    """Compares the time of steps with drafts to that of as many tokens by steps without.
+
+    Promises are optimistic: the best of many is chosen, and some host work has no price. So every few steps with drafts are
+    held against plain decoding; if that would have been quicker, nothing is drafted for some steps, each time for longer, while
+    about as many rows run. What plain steps of about as many take must have been seen not long ago.
+    """
+
+    _TRIES = 8
+    _FIRST_REST, _LONGEST_REST = 31, 127
+    _LONGEST_UNSEEN = 64
+
+    def __init__(self) -> None:
+        # What plain steps of so many rows take against what is expected of them, as a logarithm.
+        self._error, self._plain_rows = 0.0, 0
+        self._since_plain = 0
+        self._spent_s = self._plain_s = 0.0
+        self._num_tried = self._rest = self._rows = 0
+        self._next_rest = self._FIRST_REST
+
+    @property
+    def is_resting(self) -> bool:
+        """Whether steps without drafts are to come."""
+        return self._rest > 0
+
+    def rests(self, num_rows: int, has_prompts: bool) -> bool:
+        """Whether a step that could be drafted for so many rows is to be one without, and without a thought of it."""
+        if self._rest:
+            self._rest -= 1
+            if _alike(num_rows, self._rows):
+                return True
+            self._rest, self._next_rest = 0, self._FIRST_REST
+        if has_prompts:
+            # Its time says nothing of either.
+            return False
+        self._since_plain += 1
+        return not self._has_seen(num_rows) or self._since_plain > self._LONGEST_UNSEEN
+
+    def _has_seen(self, num_rows: int) -> bool:
+        return _alike(num_rows, self._plain_rows)
+
+    def saw_plain(self, num_rows: int, seconds: float, expected_s: float) -> None:
+        """A step of `num_rows` sequences, without drafts, took so long."""
+        if seconds > 0 and expected_s > 0:
+            error = math.log(seconds / expected_s)
+            self._error += (0.25 if self._has_seen(num_rows) else 1.0) * (error - self._error)
+        self._since_plain, self._plain_rows = 0, num_rows
+
+    def saw_drafts(self, num_rows: int, num_tokens: int, seconds: float, expected_plain_s: float) -> None:
+        """A step of `num_rows` sequences, with drafts, took so long and brought so many tokens."""
+        if not self._has_seen(num_rows):
+            return
+        self._spent_s += seconds
+        self._plain_s += num_tokens / num_rows * expected_plain_s * math.exp(self._error)
+        self._num_tried += 1
+        if self._num_tried < self._TRIES:
+            return
+        if self._spent_s > self._plain_s:
+            self._rest, self._rows = self._next_rest, num_rows
+            self._next_rest = min(2 * self._next_rest + 1, self._LONGEST_REST)
+        else:
+            self._next_rest = self._FIRST_REST
+        self._spent_s = self._plain_s = 0.0
+        self._num_tried = 0
+
+
+def _alike(one: int, other: int) -> bool:
+    """Whether two numbers of rows are within a factor of 1.5."""
+    return 3 * min(one, other) >= 2 * max(one, other)

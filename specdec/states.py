@@ -1,0 +1,32 @@
+"""PickedStates: the target's hidden states of some rows of a step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class PickedStates(Mapping[int, Tensor]):
+    """Of a step's states [T, D] per layer those of `rows`, taken when somebody asks for them: most are never asked for."""
+
+    step: dict[int, Tensor]
+    rows: slice | list[int]
+
+    def __getitem__(self, layer: int) -> Tensor:
+        return self.step[layer][self.rows]
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.step)
+
+    def __len__(self) -> int:
+        return len(self.step)
+
+    def apart(self, most: int) -> Mapping[int, Tensor]:
+        """The same; as copies where the step, which would be kept alive, has more than `most` times as many rows."""
+        count = self.rows.stop - self.rows.start if isinstance(self.rows, slice) else len(self.rows)
+        if all(len(states) <= most * count for states in self.step.values()):
+            return self
+        return {layer: states[self.rows].clone() for layer, states in self.step.items()}

@@ -1,0 +1,75 @@
+"""Whether drafting pays by the clock: rests that grow, and what ends them."""
+
+from __future__ import annotations
+
+import pytest
+
+from specdec.drafters.payoff import Payoff
+
+PLAIN_S = 0.01
+
+
+def tried(payoff: Payoff, seconds: float, num_tokens: int = 8, num_rows: int = 4, steps: int = 8) -> None:
+    for _ in range(steps):
+        assert not payoff.rests(num_rows, has_prompts=False)
+        payoff.saw_drafts(num_rows, num_tokens, seconds, PLAIN_S)
+
+
+def rest_of(payoff: Payoff, num_rows: int = 4, limit: int = 1000) -> int:
+    """Steps without drafts until the next that may have some."""
+    for count in range(limit):
+        if not payoff.rests(num_rows, has_prompts=False):
+            return count
+        payoff.saw_plain(num_rows, PLAIN_S, PLAIN_S)
+    return limit
+
+
+def test_a_plain_step_comes_first_and_then_now_and_then() -> None:
+    payoff = Payoff()
+    assert rest_of(payoff) == 1
+    # Two tokens a row in twice the time of a plain step, and a little less.
+    tried(payoff, 1.9 * PLAIN_S, steps=63)
+    assert rest_of(payoff) == 1
+
+
+def test_drafts_that_lose_by_the_clock_rest_for_longer_and_longer() -> None:
+    payoff = Payoff()
+    rest_of(payoff)
+    rests = []
+    for _ in range(4):
+        tried(payoff, 2.1 * PLAIN_S)
+        assert payoff.is_resting
+        rests.append(rest_of(payoff))
+    assert rests == [31, 63, 127, 127]
+    tried(payoff, 1.9 * PLAIN_S)
+    assert rest_of(payoff) == 0
+    tried(payoff, 2.1 * PLAIN_S)
+    assert rest_of(payoff) == 31
+
+
+def test_plain_steps_that_take_longer_than_was_calibrated_make_drafts_pay() -> None:
+    payoff = Payoff()
+    assert payoff.rests(4, has_prompts=False)
+    payoff.saw_plain(4, 1.2 * PLAIN_S, PLAIN_S)
+    tried(payoff, 2.1 * PLAIN_S)
+    assert not payoff.is_resting
+
+
+@pytest.mark.parametrize(("num_rows", "goes_on"), [(5, True), (3, True), (7, False), (2, False)])
+def test_a_rest_is_for_about_as_many_rows(num_rows: int, goes_on: bool) -> None:
+    payoff = Payoff()
+    rest_of(payoff)
+    tried(payoff, 2.1 * PLAIN_S)
+    assert payoff.rests(4, has_prompts=True)
+    # Of other numbers of rows a plain step must be seen first, but none with prompts in it.
+    assert payoff.rests(num_rows, has_prompts=True) == goes_on
+    assert payoff.is_resting == goes_on
+    assert payoff.rests(num_rows, has_prompts=False)
+
+
+def test_of_other_numbers_of_rows_nothing_is_said_before_a_plain_step() -> None:
+    payoff = Payoff()
+    rest_of(payoff)
+    for _ in range(20):
+        payoff.saw_drafts(16, 32, 10 * PLAIN_S, PLAIN_S)
+    assert not payoff.is_resting
