@@ -13,7 +13,8 @@ class Payoff:
     about as many rows run. What plain steps of about as many take must have been seen not long ago.
     """
 
-    _TRIES = 8
+    # How many steps, and of how many rows in all: a single row's luck changes from step to step.
+    _FEWEST_STEPS, _FEWEST_ROWS = 3, 24
     _FIRST_REST, _LONGEST_REST = 31, 127
     _LONGEST_UNSEEN = 64
 
@@ -22,7 +23,7 @@ class Payoff:
         self._error, self._plain_rows = 0.0, 0
         self._since_plain = 0
         self._spent_s = self._plain_s = 0.0
-        self._num_tried = self._rest = self._rows = 0
+        self._num_steps = self._num_rows = self._rest = self._rows = 0
         self._next_rest = self._FIRST_REST
 
     @property
@@ -59,8 +60,9 @@ class Payoff:
             return
         self._spent_s += seconds
         self._plain_s += num_tokens / num_rows * expected_plain_s * math.exp(self._error)
-        self._num_tried += 1
-        if self._num_tried < self._TRIES:
+        self._num_steps += 1
+        self._num_rows += num_rows
+        if self._num_steps < self._FEWEST_STEPS or self._num_rows < self._FEWEST_ROWS:
             return
         if self._spent_s > self._plain_s:
             self._rest, self._rows = self._next_rest, num_rows
@@ -68,7 +70,7 @@ class Payoff:
         else:
             self._next_rest = self._FIRST_REST
         self._spent_s = self._plain_s = 0.0
-        self._num_tried = 0
+        self._num_steps = self._num_rows = 0
 
 
 def _alike(one: int, other: int) -> bool:

@@ -9,7 +9,7 @@ from specdec.drafters.payoff import Payoff
 PLAIN_S = 0.01
 
 
-def tried(payoff: Payoff, seconds: float, num_tokens: int = 8, num_rows: int = 4, steps: int = 8) -> None:
+def tried(payoff: Payoff, seconds: float, num_tokens: int = 8, num_rows: int = 4, steps: int = 6) -> None:
     for _ in range(steps):
         assert not payoff.rests(num_rows, has_prompts=False)
         payoff.saw_drafts(num_rows, num_tokens, seconds, PLAIN_S)
@@ -53,6 +53,16 @@ def test_plain_steps_that_take_longer_than_was_calibrated_make_drafts_pay() -> N
     payoff.saw_plain(4, 1.2 * PLAIN_S, PLAIN_S)
     tried(payoff, 2.1 * PLAIN_S)
     assert not payoff.is_resting
+
+
+@pytest.mark.parametrize(("num_rows", "steps"), [(1, 24), (2, 12), (8, 3), (32, 3)])
+def test_the_fewer_rows_the_more_steps_are_judged_together(num_rows: int, steps: int) -> None:
+    payoff = Payoff()
+    rest_of(payoff, num_rows)
+    tried(payoff, 2.1 * PLAIN_S, 2 * num_rows, num_rows, steps - 1)
+    assert not payoff.is_resting
+    tried(payoff, 2.1 * PLAIN_S, 2 * num_rows, num_rows, 1)
+    assert payoff.is_resting
 
 
 @pytest.mark.parametrize(("num_rows", "goes_on"), [(5, True), (3, True), (7, False), (2, False)])
