@@ -97,7 +97,8 @@ class AdaptiveSpeculation:
         self._resting: set[Sequence] = set()
         self._rest = self._last_rest = 0
         self._num_looks = 0
-        self._payoff, self._num_learned = Payoff(), 0
+        # Whoever may not look elsewhere cannot try drafts either.
+        self._payoff, self._num_learned = Payoff() if explore else None, 0
         share = (policy.max_expanded - 1) / max(policy.max_depth - 1, 1)
         levels = np.arange(policy.max_depth + 1)
         # The root is run once; the levels behind it are taken to be alike.
@@ -108,7 +109,7 @@ class AdaptiveSpeculation:
         if policy is not self._policy:
             raise ValueError("adaptive speculation was set up for another policy: make one for each engine")
         sequences, load = step.drafting, _load(step)
-        if self._explore and self._payoff.rests(len(sequences), bool(load.num_prompt)):
+        if self._payoff and self._payoff.rests(len(sequences), bool(load.num_prompt)):
             return self._roots(sequences, load)
         found = (
             Found(drafter, sequences, policy, noise, self._least(load)) if isinstance(drafter, UnionDrafter) else None
@@ -203,11 +204,10 @@ class AdaptiveSpeculation:
         if last is None or not last.sequences:
             return
         rows = last.load.num_rows + (0 if tree is None else int(tree.num_nodes_B.sum()) - tree.batch_size)
-        is_bare = rows == last.load.num_rows and last.draft is None
         self._num_learned += 1
         # Of steps that are to be plain whatever they take, some are enough.
-        if not self._payoff.is_resting or self._num_learned % self._WATCHED == 0:
-            self._see(last, rows, is_bare, verdict, seconds)
+        if not (self._payoff and self._payoff.is_resting) or self._num_learned % self._WATCHED == 0:
+            self._see(last, rows, verdict, seconds)
         # Of a prompt's time none is saved up: steps behind it take less, and looks elsewhere are paid by those.
         saved = seconds
         if last.load.num_prompt:
@@ -227,14 +227,15 @@ class AdaptiveSpeculation:
         ]
         self._outlook.learn(last.scores, records, last.option, outcomes)
 
-    def _see(self, last: _Step, rows: int, is_bare: bool, verdict: Verdict, seconds: float) -> None:
+    def _see(self, last: _Step, rows: int, verdict: Verdict, seconds: float) -> None:
+        """What the step took, and whether its drafts were worth it."""
         load = last.load
         self.costs.observe_step(TargetSize(rows, load.num_sequences, load.context), seconds - last.draft_s)
-        if load.num_prompt:
+        if load.num_prompt or self._payoff is None:
             return
         # As it was calibrated: what drafts made of it since must not move what they are measured against.
         plain_s = self.costs.target.predict(load.num_rows, load.num_sequences, load.context)
-        if is_bare:
+        if rows == load.num_rows and last.draft is None:
             self._payoff.saw_plain(len(last.sequences), seconds, plain_s)
         else:
             self._payoff.saw_drafts(len(last.sequences), sum(map(len, verdict.tokens)), seconds, plain_s)

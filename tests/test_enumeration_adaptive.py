@@ -10,6 +10,7 @@ from specdec.certificates.checks import TOLERANCE, adaptive_error
 from specdec.certificates.processes import engine_laws
 from specdec.certificates.worlds import World
 from specdec.drafters import Mixed, Sampled, TopK, chain
+from specdec.drafters.adaptive import AdaptiveSpeculation
 from specdec.drafters.growth import GrowingPolicy
 from specdec.interfaces import AcceptanceRule
 from specdec.verifiers import Block, Follow, Rejection, Traversal
@@ -28,6 +29,45 @@ from specdec.verifiers import Block, Follow, Rejection, Traversal
 )
 def test_the_law_is_the_targets(rule: AcceptanceRule, policy: GrowingPolicy) -> None:
     assert adaptive_error(rule, policy) < TOLERANCE
+
+
+class Shy:
+    """Stands in for the payoff: behind every step that brought a drafted token comes one without drafts."""
+
+    is_resting = False
+
+    def __init__(self, rests: list[bool]) -> None:
+        self._seen, self._rests_next = rests, False
+
+    def rests(self, num_rows: int, has_prompts: bool) -> bool:
+        rests, self._rests_next = self._rests_next, False
+        self._seen.append(rests)
+        return rests
+
+    def saw_plain(self, *_: float) -> None:
+        pass
+
+    def saw_drafts(self, num_rows: int, num_tokens: int, *_: float) -> None:
+        self._rests_next = num_tokens > num_rows
+
+
+@pytest.mark.parametrize(
+    ("rule", "policy"), [(Rejection(), chain(2, "iid")), (Traversal(), Sampled([2, 1], "without_replacement"))]
+)
+def test_the_law_is_the_targets_where_drafts_rest_for_what_became_of_some(
+    rule: AcceptanceRule, policy: GrowingPolicy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rests: list[bool] = []
+    make = checks.impressionable
+
+    def shy(policy: GrowingPolicy) -> AdaptiveSpeculation:
+        speculation = make(policy)
+        speculation._payoff = Shy(rests)
+        return speculation
+
+    monkeypatch.setattr(checks, "impressionable", shy)
+    assert adaptive_error(rule, policy) < TOLERANCE
+    assert set(rests) == {True, False}
 
 
 def test_the_choice_does_depend_on_the_past() -> None:

@@ -95,11 +95,9 @@ class BlockByTiles : BlockOfRows {
   // Tiles [pair of components][row][2], for 32 components each.
   void pack_queries(const bf16* queries, long stride) {
     for (long e = 0; e < heads_.size; e += DEPTH) {
-      __m512i rows[16];
-      for (long r = 0; r < ROWS; ++r)
-        rows[r] = r < count_ ? _mm512_loadu_si512(queries + place_of(r, stride) + e) : _mm512_setzero_si512();
-      transpose(rows);
-      for (long i = 0; i < 16; ++i) _mm512_store_si512(queries_ + e * ROWS + i * 32, rows[i]);
+      __m512i columns[16];
+      load_columns(count_, [&](long r) { return queries + place_of(r, stride) + e; }, columns);
+      for (long i = 0; i < 16; ++i) _mm512_store_si512(queries_ + e * ROWS + i * 32, columns[i]);
     }
   }
 

@@ -25,7 +25,8 @@ class BlockByPairs : BlockOfRows {
     step_ = heads_.num_groups * heads_.size;
     keys += group_ * heads_.size;
     values += group_ * heads_.size;
-    pack_queries(queries, query_stride);
+    for (long e = 0; e < heads_.size; e += DEPTH)
+      load_columns(count_, [&](long r) { return queries + place_of(r, query_stride) + e; }, queries_ + e / 2);
     score(keys);
     const Floats sums = exponentiate();
     std::memset(results_, 0, ROWS * heads_.size * sizeof(float));
@@ -45,17 +46,6 @@ class BlockByPairs : BlockOfRows {
  private:
   // Components whose values lie interleaved at a time, and pairs of positions.
   static constexpr long WIDTH = 32, TILE = 16;
-
-  // [pair of components][row].
-  void pack_queries(const bf16* queries, long stride) {
-    for (long e = 0; e < heads_.size; e += DEPTH) {
-      __m512i rows[16];
-      for (long r = 0; r < ROWS; ++r)
-        rows[r] = r < count_ ? _mm512_loadu_si512(queries + place_of(r, stride) + e) : _mm512_setzero_si512();
-      transpose(rows);
-      for (long i = 0; i < 16; ++i) queries_[e / 2 + i] = rows[i];
-    }
-  }
 
   const bf16* at(const bf16* cache, long key) const { return cache + sequence_.slot(key) * step_; }
 
@@ -202,6 +192,7 @@ class BlockByPairs : BlockOfRows {
 
   // Positions that all rows see alike, pairs of them that some row sees, numbers from one slot to the next.
   long common_, pairs_, step_ = 0;
+  // [pair of components][row].
   Pairs* queries_ = nullptr;
   Floats* scores_ = nullptr;
   RowPair* weights_ = nullptr;

@@ -55,9 +55,7 @@ static inline void pair_rows(const bf16* rows, long count, long inputs, RowPair*
     const long some = count - first < ROWS ? count - first : ROWS;
     for (long k = 0; k < inputs; k += DEPTH) {
       __m512i columns[16];
-      for (long r = 0; r < ROWS; ++r)
-        columns[r] = r < some ? _mm512_loadu_si512(rows + (first + r) * inputs + k) : _mm512_setzero_si512();
-      transpose(columns);
+      load_columns(some, [&](long r) { return rows + (first + r) * inputs + k; }, columns);
       for (long i = 0; i < 16; ++i)
         _mm512_mask_storeu_epi32(to + (k / 2 + i) * count + first, (1 << some) - 1, columns[i]);
     }
@@ -85,8 +83,8 @@ class PairedRows {
   void multiply_by(const bf16* column, float* sums) const {
     for (long group = 0; group < groups_; ++group) {
       const long first = first_of(group), size = first_of(group + 1) - first;
-      multiply_for(size, std::make_integer_sequence<long, SUMS>())(at_ + first * inputs_ / 2, column, inputs_,
-                                                                        sums + first * ROWS);
+      const Multiply multiply = multiply_for(size, std::make_integer_sequence<long, SUMS>());
+      multiply(at_ + first * inputs_ / 2, column, inputs_, sums + first * ROWS);
     }
   }
 
@@ -101,8 +99,7 @@ class PairedRows {
   RowPair* at_;
 };
 
-// Calls visit(first row, how many, those rows, column) for chunks of the rows and this thread's share of the
-// columns.
+// Calls visit(first row, how many, those rows, column) for chunks of the rows and this thread's share of the columns.
 template <typename Visit>
 static inline void each_chunk(const bf16* rows, long count, long inputs, long columns, Visit visit) {
   long begin, end;

@@ -28,3 +28,10 @@ static inline void transpose(__m512i v[16]) {
     v[i + 12] = _mm512_shuffle_i32x4(a[i + 4], a[i + 12], 0xdd);
   }
 }
+
+// 32 numbers of each of up to 16 rows, row r's at `at(r)`, as [pair of numbers][row]; zeros where there is no row.
+template <typename At>
+static inline void load_columns(long count, At at, __m512i columns[16]) {
+  for (long r = 0; r < 16; ++r) columns[r] = r < count ? _mm512_loadu_si512(at(r)) : _mm512_setzero_si512();
+  transpose(columns);
+}
