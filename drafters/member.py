@@ -123,8 +123,9 @@ class Member:
         for commit in commits:
             draft = self.drafts.pop(commit.sequence_id, None)
             if commit.nodes is None or draft is None:
-                # Nodes say nothing to one that needs no model, and a copy of each commit would be most of its work.
-                own.append(commit if commit.nodes is None or self._ready else replace(commit, nodes=None))
+                # A root alone is in any tree, and a copy of each commit would be most of the work.
+                is_root = commit.nodes is None or len(commit.nodes) == 1
+                own.append(commit if is_root or self._ready else replace(commit, nodes=None))
             else:
                 own += _translated(commit, self._follow(commit, draft, cells, hits))
         if cells:

@@ -97,11 +97,7 @@ class NGramDrafter(OffPages):
         self._vocab_size, self._device = target.vocab_size, target.device
 
     def observe(self, commits: Seq[Commit]) -> None:
-        for commit in commits:
-            index = self._indexes.setdefault(commit.sequence_id, NGramIndex(*self._settings))
-            # What came on shared pages is not observed; the index catches up in `propose`.
-            if len(index.tokens) >= commit.start:
-                index.extend([*commit.token_ids, commit.next_token][len(index.tokens) - commit.start :])
+        """Nothing: an index reads its sequence when it is asked, and of many it is never asked."""
 
     def propose(self, sequences: Seq[Sequence], policy: TreePolicy, noise: Noise) -> TokenTree:
         rows = self.ready(sequences, policy)

@@ -7,6 +7,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from specdec.config import (
     AccuraciesConfig,
     Eagle1HeadConfig,
@@ -16,8 +18,9 @@ from specdec.config import (
     MedusaHeadConfig,
     TrainConfig,
 )
+from specdec.drafters.heads import EagleHead
 from specdec.drafters.heads.formats import Head, load_head
-from specdec.drafters.training.initial import new_eagle, new_medusa
+from specdec.drafters.training.initial import new_eagle, new_medusa, with_vocabulary_of
 from specdec.drafters.training.joint import MedusaJointObjective
 from specdec.drafters.training.objectives import Eagle1Objective, Eagle3Objective, MedusaObjective, Objective
 from specdec.drafters.training.params import TrainingParams
@@ -54,21 +57,39 @@ def build_objective(
         return Eagle1Objective(eagle, target, head.token_weight, head.noise)
     assert isinstance(head, Eagle3HeadConfig)
     counts_V = token_counts(data, target.vocab_size)
-    size = head.draft_vocab_size
-    ids = None if size is None or size >= target.vocab_size else most_frequent(counts_V, size)
-    if ids is not None:
-        share = coverage(counts_V, ids)
+    eagle = _eagle3(head, target, counts_V, seed)
+    if eagle.draft_to_target_R is not None:
+        share = coverage(counts_V, eagle.draft_to_target_R.cpu())
+        size = eagle.config.draft_vocab_size
         say(f"draft vocabulary: {size} of {target.vocab_size} tokens, {share:.2%} of the tokens to be learnt")
-    eagle = new_eagle(target, 3, seed, ids, head.feature_layers, head.intermediate_size)
-    _begin(eagle, head.initial, target)
     return Eagle3Objective(eagle, target, head.num_steps, head.decay)
 
 
+def _eagle3(head: Eagle3HeadConfig, target: TrainingTarget, counts_V: Tensor, seed: int) -> EagleHead:
+    initial, size = head.initial, head.draft_vocab_size
+    if initial is None and not head.keep_vocabulary:
+        raise ValueError("head.keep_vocabulary=false is for a head that begins as another: give head.initial=PATH")
+    given = None if initial is None else load_head(initial, target.model, device=target.device)
+    renewed = isinstance(given, EagleHead) and not head.keep_vocabulary
+    ids = None
+    if size is not None and size < target.vocab_size:
+        known = given.draft_to_target_R if isinstance(given, EagleHead) else None
+        ids = most_frequent(counts_V, size, None if known is None else known.cpu())
+    eagle = new_eagle(target, 3, seed, ids, head.feature_layers, head.intermediate_size)
+    if isinstance(given, EagleHead) and renewed:
+        given = with_vocabulary_of(eagle, given)
+    if given is not None and initial is not None:
+        _take_over(eagle, given, initial)
+    return eagle
+
+
 def _begin(head: Head, initial: str | None, target: TrainingTarget) -> None:
-    """Takes over the weights and the draft vocabulary of `initial`. Raises ValueError where its shape is not the head's."""
-    if initial is None:
-        return
-    given = load_head(initial, target.model, device=target.device)
+    if initial is not None:
+        _take_over(head, load_head(initial, target.model, device=target.device), initial)
+
+
+def _take_over(head: Head, given: Head, initial: str) -> None:
+    """Takes over the weights and the draft vocabulary of `given`. Raises ValueError where its shape is not the head's."""
     if given.config != head.config:
         raise ValueError(f"head.initial={initial} is {given.config}, and the head to be trained is {head.config}")
     head.load_state_dict(given.state_dict())

@@ -27,6 +27,7 @@ class PickedStates(Mapping[int, Tensor]):
     def apart(self, most: int) -> Mapping[int, Tensor]:
         """The same; as copies where the step, which would be kept alive, has more than `most` times as many rows."""
         count = self.rows.stop - self.rows.start if isinstance(self.rows, slice) else len(self.rows)
-        if all(len(states) <= most * count for states in self.step.values()):
+        # All layers have the same rows.
+        if next(iter(self.step.values())).shape[0] <= most * count:
             return self
         return {layer: states[self.rows].clone() for layer, states in self.step.items()}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,6 +20,8 @@ from specdec.engine import Engine
 from specdec.model import PagedModel
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Measured beside other tests, costs must not become what the user's own runs take for granted.
+os.environ.setdefault("SPECDEC_CACHE", str(Path(__file__).parents[1] / ".pytest_cache" / "specdec"))
 
 # Tiny tensors only lose by threads, and lose badly where other processes want the cores.
 torch.set_num_threads(1)

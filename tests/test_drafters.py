@@ -85,12 +85,19 @@ def test_sampled_policies_look_up_ngrams_of_any_length() -> None:
     assert set(tree.tokens_BN[0, 1 : int(tree.num_nodes_B[0])].tolist()) == {7}
 
 
-def test_observed_tokens_are_indexed_once() -> None:
-    drafter = NGramDrafter()
-    drafter.observe([Commit(5, 0, [1, 2, 3], 4, None, {})])
-    drafter.observe([Commit(5, 3, [4, 5], 6, [0, 1], {})])
-    assert drafter._indexes[5].tokens == [1, 2, 3, 4, 5, 6]
-    drafter.forget([5])
+def test_tokens_are_indexed_once_and_when_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[int] = []
+    extend = NGramIndex.extend
+    monkeypatch.setattr(NGramIndex, "extend", lambda index, tokens: (read.extend(tokens), extend(index, tokens))[1])
+    drafter, one = NGramDrafter(), sequence([1, 2, 3, 4])
+    drafter._vocab_size = 1000
+    drafter.observe([Commit(0, 0, [1, 2, 3], 4, None, {}, one)])
+    assert not read and not drafter._indexes
+    for more in ([], [5, 1, 2], []):
+        one.token_ids += more
+        drafter.propose([one], chain(2), CounterNoise([1], [0], [len(one.token_ids) - 1]))
+        assert read == one.token_ids == drafter._indexes[0].tokens
+    drafter.forget([0])
     assert not drafter._indexes
 
 

@@ -19,7 +19,7 @@ from specdec.drafters.training.cache import FeatureCache
 from specdec.drafters.training.records import Record, RecordSet, RecordWriter
 from specdec.drafters.training.rows import Row
 from specdec.drafters.training.target import TrainingTarget
-from specdec.drafters.training.vocabulary import most_frequent, token_counts
+from specdec.drafters.training.vocabulary import coverage, most_frequent, token_counts
 from specdec.experiments.building import build
 from specdec.experiments.tau import held_out_prompts, measure_tau
 from specdec.loading import model_sizes
@@ -124,6 +124,35 @@ def test_training_goes_on_from_a_head(kind: str, train) -> None:
     first = load_head("run/best").state_dict()
     for name, tensor in load_head("onward/best").state_dict().items():
         assert torch.allclose(tensor.float(), first[name].float(), atol=1e-5), name
+
+
+@pytest.mark.parametrize("size", [40, 70])
+def test_a_vocabulary_is_chosen_anew(size: int, train, model: str, data: str, tmp_path: Path) -> None:
+    train("head=eagle3", *EXTRA["eagle3"])
+    still = ("training.learning_rate=1e-9", "eval_prompts=0", "output=run/rows.jsonl")
+    status, said, _ = train(
+        *("head=eagle3", *EXTRA["eagle3"], f"head.draft_vocab_size={size}", "head.keep_vocabulary=false"),
+        *("head.initial=run/best", "folder=onward", *still),
+    )
+    assert status == 0, said
+    before, after = load_head("run/best"), load_head("onward/best")
+    target = PagedModel.load(model)
+    counts_V = token_counts(RecordSet(data, "train"), target.vocab_size)
+    known, ids = before.draft_to_target_R.tolist(), after.draft_to_target_R.tolist()
+    assert ids == most_frequent(counts_V, size, before.draft_to_target_R).tolist() and len(ids) == size
+    assert f"{size} of {target.vocab_size} tokens, {coverage(counts_V, torch.tensor(ids)):.2%}" in said
+    # Rows go with their tokens; of tokens that are new they begin as the target's.
+    output = target.model.get_output_embeddings().weight
+    assert set(known) & set(ids) and (size < 60 or set(ids) - set(known))
+    for row, token in enumerate(ids):
+        wanted = before.lm_head.weight[known.index(token)] if token in known else output[token]
+        torch.testing.assert_close(after.lm_head.weight[row].float(), wanted.float(), rtol=0, atol=1e-2)
+    torch.testing.assert_close(after.fc.weight.float(), before.fc.weight.float(), rtol=0, atol=1e-5)
+
+
+def test_a_vocabulary_is_chosen_anew_only_behind_another_head(train) -> None:
+    status, said, _ = train("head=eagle3", *EXTRA["eagle3"], "head.keep_vocabulary=false")
+    assert status == 2 and "head.initial=PATH" in said and said.strip().count("\n") == 0
 
 
 def test_a_head_of_another_shape_is_no_beginning(train) -> None:

@@ -260,6 +260,9 @@ def test_the_vocabulary_is_the_most_frequent(tmp_path: Path) -> None:
     assert counts.tolist() == [0, 0, 0, 0, 3, 0, 0, 1, 0, 0, 0, 0]
     ids = most_frequent(counts, 3)
     assert ids.tolist() == [0, 4, 7]
+    # Among tokens that are never to be learnt those of an earlier vocabulary come first, but not before one that is.
+    assert most_frequent(counts, 4, torch.tensor([3, 11])).tolist() == [3, 4, 7, 11]
+    assert most_frequent(counts, 2, torch.tensor([3, 11])).tolist() == [4, 7]
     assert coverage(counts, torch.tensor([4])) == 0.75
     with pytest.raises(ValueError, match="holds token 7"):
         token_counts(data, 5)

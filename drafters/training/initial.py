@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from collections.abc import Sequence as Seq
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -75,6 +76,32 @@ def new_eagle(
             weight_VD = target.lm_head_VD
             head.lm_head.weight.copy_(weight_VD if draft_ids_R is None else weight_VD[draft_ids_R.to(weight_VD.device)])
     return head.to(target.device)
+
+
+def with_vocabulary_of(new: EagleHead, given: EagleHead) -> EagleHead:
+    """`given` with the draft vocabulary of `new`: rows of its LM head where it knows a token, those of `new` elsewhere."""
+    config = replace(given.config, draft_vocab_size=new.config.draft_vocab_size)
+    head = EagleHead(config).to(given.fc.weight.device)
+    state, fresh = given.state_dict(), new.state_dict()
+    if given.lm_head is not None and new.lm_head is not None:
+        weight_RD = fresh["lm_head.weight"].clone()
+        place_V = torch.full((config.vocab_size,), -1)
+        place_V[_ids(given)] = torch.arange(given.config.draft_vocab_size)
+        place_R = place_V[_ids(new)]
+        is_known_R = (place_R >= 0).to(weight_RD.device)
+        weight_RD[is_known_R] = given.lm_head.weight.detach()[place_R[place_R >= 0].to(weight_RD.device)].to(weight_RD)
+        state["lm_head.weight"] = weight_RD
+    state.pop("draft_to_target_R", None)
+    if new.draft_to_target_R is not None:
+        state["draft_to_target_R"] = new.draft_to_target_R
+    head.load_state_dict(state)
+    return head
+
+
+def _ids(head: EagleHead) -> Tensor:
+    """The target's ids [R] of the tokens that it drafts from."""
+    ids_R = head.draft_to_target_R
+    return torch.arange(head.config.vocab_size) if ids_R is None else ids_R.cpu()
 
 
 @contextmanager

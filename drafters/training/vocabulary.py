@@ -22,12 +22,16 @@ def token_counts(data: RecordSet, vocab_size: int) -> Tensor:
     return counts_V
 
 
-def most_frequent(counts_V: Tensor, size: int) -> Tensor:
-    """The ids [R] of the `size` most frequent tokens, ascending; of equals the lower ids (Li et al. 2025, EAGLE-3, and Zhao et
-    al. 2025, "FR-Spec", section 3.2). Raises ValueError for a size that the vocabulary does not have."""
+def most_frequent(counts_V: Tensor, size: int, preferred_N: Tensor | None = None) -> Tensor:
+    """The ids [R] of the `size` most frequent tokens, ascending; of equals the `preferred_N`, then the lower ids (Li et al.
+    2025, EAGLE-3, and Zhao et al. 2025, "FR-Spec", section 3.2). Raises ValueError for a size that the vocabulary does not
+    have."""
     if not 1 <= size <= len(counts_V):
         raise ValueError(f"draft_vocab_size={size} must be between 1 and the target's {len(counts_V)} tokens")
-    return counts_V.sort(descending=True, stable=True).indices[:size].sort().values
+    order_V = 2 * counts_V
+    if preferred_N is not None:
+        order_V[preferred_N] += 1
+    return order_V.sort(descending=True, stable=True).indices[:size].sort().values
 
 
 def coverage(counts_V: Tensor, ids_R: Tensor) -> float:

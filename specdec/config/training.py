@@ -121,12 +121,14 @@ class Eagle1HeadConfig(HeadConfig):
 
 @dataclass
 class Eagle3HeadConfig(HeadConfig):
-    """See `specdec.drafters.training.objectives.Eagle3Objective`. `feature_layers` None: a low, a middle and a high one."""
+    """See `specdec.drafters.training.objectives.Eagle3Objective`. `feature_layers` None: a low, a middle and a high one.
+    With `keep_vocabulary` a head that begins as `initial` drafts from the vocabulary of that, else from one of its own data."""
 
     label: ClassVar[str] = "eagle3"
     num_steps: int = MISSING
     decay: float = MISSING
     draft_vocab_size: int | None = MISSING
+    keep_vocabulary: bool = True
     feature_layers: list[int] | None = None
     intermediate_size: int | None = None
 
