@@ -17,18 +17,18 @@ from specdec.verifiers import Follow
 
 
 def held_out_prompts(data: RecordSet, count: int, max_length: int = 256) -> list[list[int]]:
-    """Prompts of `count` held-out records: what comes before the tokens to be learnt, of plain text the first half."""
+    """Prompts of `count` held-out records, spread over all of them so that every folder has its share: what comes before the
+    tokens to be learnt, of plain text the first half."""
+    if len(data) < count:
+        raise ValueError(
+            f"{data.name} holds out {len(data)} records, and eval_prompts={count}: make more data or lower eval_prompts"
+        )
     prompts = []
-    for record in data:
+    for i in range(count):
+        record = data[i * len(data) // count]
         learnt = record.loss_mask_T.nonzero()
         first = int(learnt[0]) if len(learnt) else 0
         prompts.append(record.token_ids_T[: (first or len(record.token_ids_T) // 2)][:max_length].tolist())
-        if len(prompts) == count:
-            break
-    if len(prompts) < count:
-        raise ValueError(
-            f"{data.name} holds out {len(prompts)} records, and eval_prompts={count}: make more data or lower eval_prompts"
-        )
     return prompts
 
 

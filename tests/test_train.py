@@ -126,6 +126,17 @@ def test_training_goes_on_from_a_head(kind: str, train) -> None:
         assert torch.allclose(tensor.float(), first[name].float(), atol=1e-5), name
 
 
+def test_held_out_prompts_come_from_all_folders(data: str) -> None:
+    both = RecordSet([data, data], "held_out")
+    half = len(both) // 2
+    assert half >= 3
+    first, second = held_out_prompts(both, 4)[:2], held_out_prompts(both, 4)[2:]
+    assert first == second and first[0] != first[1]
+    assert held_out_prompts(both, len(both)) == 2 * held_out_prompts(RecordSet(data, "held_out"), half)
+    with pytest.raises(ValueError, match=f"holds out {2 * half} records, and eval_prompts={2 * half + 1}"):
+        held_out_prompts(both, 2 * half + 1)
+
+
 @pytest.mark.parametrize("size", [40, 70])
 def test_a_vocabulary_is_chosen_anew(size: int, train, model: str, data: str, tmp_path: Path) -> None:
     train("head=eagle3", *EXTRA["eagle3"])
