@@ -40,7 +40,7 @@ class SpeculationCounts:
 
 @dataclass(frozen=True)
 class _Step:
-    """What `learn` must know of the step that was proposed."""
+    """What `learn` must know of the step that was proposed; `is_plain`: without a thought of drafts."""
 
     sequences: list[Sequence]
     load: Load
@@ -49,6 +49,7 @@ class _Step:
     option: int = 0
     draft: DraftSize | None = None
     draft_s: float = 0.0
+    is_plain: bool = False
 
 
 class AdaptiveSpeculation:
@@ -110,7 +111,7 @@ class AdaptiveSpeculation:
             raise ValueError("adaptive speculation was set up for another policy: make one for each engine")
         sequences, load = step.drafting, _load(step)
         if self._payoff and self._payoff.rests(len(sequences), bool(load.num_prompt)):
-            return self._roots(sequences, load)
+            return self._roots(sequences, load, is_plain=True)
         found = (
             Found(drafter, sequences, policy, noise, self._least(load)) if isinstance(drafter, UnionDrafter) else None
         )
@@ -140,8 +141,8 @@ class AdaptiveSpeculation:
         self._count(depths, scores, tree)
         return tree
 
-    def _roots(self, sequences: list[Sequence], load: Load) -> TokenTree:
-        self._last = _Step(sequences, load, [0] * len(sequences))
+    def _roots(self, sequences: list[Sequence], load: Load, is_plain: bool = False) -> TokenTree:
+        self._last = _Step(sequences, load, [0] * len(sequences), is_plain=is_plain)
         self.counts.num_rows += len(sequences)
         return TokenTree.roots(int_tensor([one.root for one in sequences], self._device))
 
@@ -235,10 +236,12 @@ class AdaptiveSpeculation:
             return
         # As it was calibrated: what drafts made of it since must not move what they are measured against.
         plain_s = self.costs.target.predict(load.num_rows, load.num_sequences, load.context)
-        if rows == load.num_rows and last.draft is None:
-            self._payoff.saw_plain(len(last.sequences), seconds, plain_s)
+        num_rows = len(last.sequences)
+        if last.is_plain:
+            self._payoff.saw_plain(num_rows, seconds, plain_s)
         else:
-            self._payoff.saw_drafts(len(last.sequences), sum(map(len, verdict.tokens)), seconds, plain_s)
+            in_vain = rows == load.num_rows and last.draft is None
+            self._payoff.saw_drafts(num_rows, sum(map(len, verdict.tokens)), seconds, plain_s, in_vain)
 
     def _options(
         self,

@@ -8,13 +8,16 @@ import math
 class Payoff:
     """Compares the time of steps with drafts to that of as many tokens by steps without.
 
-    Promises are optimistic: the best of many is chosen, and some host work has no price. So every few steps with drafts are
-    held against plain decoding; if that would have been quicker, nothing is drafted for some steps, each time for longer, while
-    about as many rows run. What plain steps of about as many take must have been seen not long ago.
+    Promises are optimistic: the best of many is chosen, and some host work has no price. So every few steps with drafts, and
+    the steps between them in which drafts were looked for in vain, are held against plain decoding; if that would have been
+    quicker, nothing is drafted for some steps, each time for longer, while about as many rows run. What plain steps of about as
+    many take must have been seen not long ago.
     """
 
-    # How many steps, and of how many rows in all: a single row's luck changes from step to step.
+    # How many steps with drafts, and of how many rows in all: a single row's luck changes from step to step.
     _FEWEST_STEPS, _FEWEST_ROWS = 3, 24
+    # Or so many steps with drafts or without.
+    _MOST_STEPS = 48
     _FIRST_REST, _LONGEST_REST = 31, 127
     _LONGEST_UNSEEN = 64
 
@@ -23,7 +26,7 @@ class Payoff:
         self._error, self._plain_rows = 0.0, 0
         self._since_plain = 0
         self._spent_s = self._plain_s = 0.0
-        self._num_steps = self._num_rows = self._rest = self._rows = 0
+        self._num_steps = self._num_drafted = self._num_rows = self._rest = self._rows = 0
         self._next_rest = self._FIRST_REST
 
     @property
@@ -48,21 +51,27 @@ class Payoff:
         return _alike(num_rows, self._plain_rows)
 
     def saw_plain(self, num_rows: int, seconds: float, expected_s: float) -> None:
-        """A step of `num_rows` sequences, without drafts, took so long."""
+        """A step of `num_rows` sequences, without a thought of drafts, took so long."""
         if seconds > 0 and expected_s > 0:
             error = math.log(seconds / expected_s)
             self._error += (0.25 if self._has_seen(num_rows) else 1.0) * (error - self._error)
         self._since_plain, self._plain_rows = 0, num_rows
 
-    def saw_drafts(self, num_rows: int, num_tokens: int, seconds: float, expected_plain_s: float) -> None:
-        """A step of `num_rows` sequences, with drafts, took so long and brought so many tokens."""
+    def saw_drafts(
+        self, num_rows: int, num_tokens: int, seconds: float, expected_plain_s: float, in_vain: bool = False
+    ) -> None:
+        """A step of `num_rows` sequences, with drafts or after looking for some `in_vain`, took so long and brought so many
+        tokens."""
         if not self._has_seen(num_rows):
             return
         self._spent_s += seconds
         self._plain_s += num_tokens / num_rows * expected_plain_s * math.exp(self._error)
         self._num_steps += 1
-        self._num_rows += num_rows
-        if self._num_steps < self._FEWEST_STEPS or self._num_rows < self._FEWEST_ROWS:
+        if not in_vain:
+            self._num_drafted += 1
+            self._num_rows += num_rows
+        is_enough = self._num_drafted >= self._FEWEST_STEPS and self._num_rows >= self._FEWEST_ROWS
+        if not is_enough and self._num_steps < self._MOST_STEPS:
             return
         if self._spent_s > self._plain_s:
             self._rest, self._rows = self._next_rest, num_rows
@@ -70,7 +79,7 @@ class Payoff:
         else:
             self._next_rest = self._FIRST_REST
         self._spent_s = self._plain_s = 0.0
-        self._num_steps = self._num_rows = 0
+        self._num_steps = self._num_drafted = self._num_rows = 0
 
 
 def _alike(one: int, other: int) -> bool:

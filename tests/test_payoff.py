@@ -83,3 +83,25 @@ def test_of_other_numbers_of_rows_nothing_is_said_before_a_plain_step() -> None:
     for _ in range(20):
         payoff.saw_drafts(16, 32, 10 * PLAIN_S, PLAIN_S)
     assert not payoff.is_resting
+
+
+def test_what_it_takes_to_look_in_vain_counts_against_drafts() -> None:
+    payoff = Payoff()
+    rest_of(payoff)
+    # The drafts alone would have paid.
+    tried(payoff, 1.9 * PLAIN_S, steps=5)
+    for _ in range(20):
+        payoff.saw_drafts(4, 4, 1.05 * PLAIN_S, PLAIN_S, in_vain=True)
+    assert not payoff.is_resting
+    tried(payoff, 1.9 * PLAIN_S, steps=1)
+    assert payoff.is_resting
+
+
+def test_whoever_never_finds_anything_stops_looking() -> None:
+    payoff = Payoff()
+    rest_of(payoff)
+    for _ in range(47):
+        payoff.saw_drafts(4, 4, 1.01 * PLAIN_S, PLAIN_S, in_vain=True)
+        assert not payoff.is_resting
+    payoff.saw_drafts(4, 4, 1.01 * PLAIN_S, PLAIN_S, in_vain=True)
+    assert payoff.is_resting
