@@ -23,12 +23,18 @@ from specdec.drafters.training.joint import MedusaJointObjective
 from specdec.drafters.training.loop import Callbacks, Trainer
 from specdec.drafters.training.records import RecordSet
 from specdec.drafters.training.target import States, TrainingTarget
-from specdec.drafters.training.vocabulary import token_counts
 from specdec.experiments.building import build, sampling_params
 from specdec.experiments.system import load_target, target_name
 from specdec.experiments.tau import held_out_prompts, measure_tau
 from specdec.experiments.train_report import training_picture, training_table
-from specdec.experiments.train_setup import build_objective, check, data_folders, settings_of, training_params
+from specdec.experiments.train_setup import (
+    build_objective,
+    check,
+    data_folders,
+    learnt_counts,
+    settings_of,
+    training_params,
+)
 from specdec.model import PagedModel
 from specdec.provenance import device_name, provenance
 from specdec.tracking import Tracker
@@ -63,7 +69,7 @@ def run(config: TrainConfig, command: str) -> int:
         def keep_best(state: Mapping[str, Tensor]) -> None:
             best = Path(config.folder) / "best"
             save_head(_head_with(trainer, state), best, base_model=target_name(config.target))
-            save_frequencies(token_counts(train, target.vocab_size), best)
+            save_frequencies(learnt_counts(config.head, train, target.vocab_size), best)
             if isinstance(trainer.objective, MedusaJointObjective):
                 trainer.objective.model.save_pretrained(best / "target")
                 if target.tokenizer is not None:

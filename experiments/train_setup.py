@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from specdec.checkpoint import read_checkpoint
 from specdec.config import (
     AccuraciesConfig,
     Eagle1HeadConfig,
@@ -20,6 +21,7 @@ from specdec.config import (
 )
 from specdec.drafters.heads import EagleHead
 from specdec.drafters.heads.formats import Head, load_head
+from specdec.drafters.heads.frequencies import FILE, read_frequencies
 from specdec.drafters.training.initial import new_eagle, new_medusa, with_vocabulary_of
 from specdec.drafters.training.joint import MedusaJointObjective
 from specdec.drafters.training.objectives import Eagle1Objective, Eagle3Objective, MedusaObjective, Objective
@@ -56,13 +58,22 @@ def build_objective(
         _begin(eagle, head.initial, target)
         return Eagle1Objective(eagle, target, head.token_weight, head.noise)
     assert isinstance(head, Eagle3HeadConfig)
-    counts_V = token_counts(data, target.vocab_size)
+    counts_V = learnt_counts(head, data, target.vocab_size)
     eagle = _eagle3(head, target, counts_V, seed)
     if eagle.draft_to_target_R is not None:
         share = coverage(counts_V, eagle.draft_to_target_R.cpu())
         size = eagle.config.draft_vocab_size
         say(f"draft vocabulary: {size} of {target.vocab_size} tokens, {share:.2%} of the tokens to be learnt")
     return Eagle3Objective(eagle, target, head.num_steps, head.decay)
+
+
+def learnt_counts(head: HeadConfig, data: RecordSet, vocab_size: int) -> Tensor:
+    """How often each token [V] is to be learnt, and was by the head that training begins with, where that says so."""
+    counts_V = token_counts(data, vocab_size)
+    if head.initial is None:
+        return counts_V
+    file = read_checkpoint(head.initial).files[0].parent / FILE
+    return counts_V + read_frequencies(file, vocab_size) if file.is_file() else counts_V
 
 
 def _eagle3(head: Eagle3HeadConfig, target: TrainingTarget, counts_V: Tensor, seed: int) -> EagleHead:

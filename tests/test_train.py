@@ -14,7 +14,7 @@ from specdec.config import EngineConfig, compose, to_typed
 from specdec.drafters.choices import best_choices
 from specdec.drafters.heads import MedusaConfig, MedusaHeads
 from specdec.drafters.heads.formats import load_head, save_head
-from specdec.drafters.heads.frequencies import FILE, FrequentTokens
+from specdec.drafters.heads.frequencies import FILE, FrequentTokens, read_frequencies
 from specdec.drafters.training.cache import FeatureCache
 from specdec.drafters.training.records import Record, RecordSet, RecordWriter
 from specdec.drafters.training.rows import Row
@@ -148,7 +148,9 @@ def test_a_vocabulary_is_chosen_anew(size: int, train, model: str, data: str, tm
     assert status == 0, said
     before, after = load_head("run/best"), load_head("onward/best")
     target = PagedModel.load(model)
-    counts_V = token_counts(RecordSet(data, "train"), target.vocab_size)
+    # What the first training learnt from counts too.
+    counts_V = 2 * token_counts(RecordSet(data, "train"), target.vocab_size)
+    assert torch.equal(read_frequencies(f"onward/best/{FILE}", target.vocab_size), counts_V)
     known, ids = before.draft_to_target_R.tolist(), after.draft_to_target_R.tolist()
     assert ids == most_frequent(counts_V, size, before.draft_to_target_R).tolist() and len(ids) == size
     assert f"{size} of {target.vocab_size} tokens, {coverage(counts_V, torch.tensor(ids)):.2%}" in said

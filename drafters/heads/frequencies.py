@@ -42,14 +42,10 @@ class FrequentTokens:
 
     def ids(self, vocab_size: int) -> Tensor:
         """Their ids [R], ascending. Raises ValueError where other than `vocab_size` tokens were counted, or are fewer."""
-        counts_V = self._counts_V if self._data is None else token_counts(self._data, vocab_size)
-        assert counts_V is not None
-        if len(counts_V) != vocab_size:
-            raise ValueError(
-                f"{self.path} counts {len(counts_V)} tokens, and the target has {vocab_size}: "
-                f"name one of this target as drafter.token_frequencies="
-            )
-        return most_frequent(counts_V, self.size)
+        if self._data is not None:
+            return most_frequent(token_counts(self._data, vocab_size), self.size)
+        assert self._counts_V is not None
+        return most_frequent(_checked(self._counts_V, self.path, vocab_size), self.size)
 
 
 def frequent_tokens(
@@ -66,6 +62,20 @@ def frequent_tokens(
             f"name such a file, or a folder of `specdec data`, as drafter.token_frequencies="
         )
     return FrequentTokens(token_frequencies or head_folder / FILE, draft_vocab_size)
+
+
+def read_frequencies(file: str | os.PathLike[str], vocab_size: int) -> Tensor:
+    """The counts [V] in a file of `save_frequencies`. Raises ValueError where it is none, or is of another target."""
+    return _checked(_read(Path(file)), os.fspath(file), vocab_size)
+
+
+def _checked(counts_V: Tensor, name: str, vocab_size: int) -> Tensor:
+    if len(counts_V) != vocab_size:
+        raise ValueError(
+            f"{name} counts {len(counts_V)} tokens, and the target has {vocab_size}: "
+            f"name one of this target as drafter.token_frequencies="
+        )
+    return counts_V
 
 
 def _read(file: Path) -> Tensor:
