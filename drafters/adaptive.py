@@ -40,7 +40,7 @@ class SpeculationCounts:
 
 @dataclass(frozen=True)
 class _Step:
-    """What `learn` must know of the step that was proposed; `is_plain`: without a thought of drafts."""
+    """What `learn` must know of the step that was proposed; `looked_s` went by until it had its trees."""
 
     sequences: list[Sequence]
     load: Load
@@ -49,7 +49,7 @@ class _Step:
     option: int = 0
     draft: DraftSize | None = None
     draft_s: float = 0.0
-    is_plain: bool = False
+    looked_s: float = 0.0
 
 
 class AdaptiveSpeculation:
@@ -111,17 +111,18 @@ class AdaptiveSpeculation:
             raise ValueError("adaptive speculation was set up for another policy: make one for each engine")
         sequences, load = step.drafting, _load(step)
         if self._payoff and self._payoff.rests(len(sequences), bool(load.num_prompt)):
-            return self._roots(sequences, load, is_plain=True)
+            return self._roots(sequences, load)
+        began = self._clock()
         found = (
             Found(drafter, sequences, policy, noise, self._least(load)) if isinstance(drafter, UnionDrafter) else None
         )
-        ready, choice = None if found is None else found.scores, None
+        ready, choice, looked = None if found is None else found.scores, None, found is not None
         if self._rest and self._knows(sequences):
             self._rest -= 1
         elif found is None or not found.is_all:
-            choice = self._choose(sequences, drafter, load, ready)
+            choice, looked = self._choose(sequences, drafter, load, ready), True
         if choice is None and ready is None:
-            return self._roots(sequences, load)
+            return self._roots(sequences, load, self._clock() - began if looked else 0.0)
         depths: list[int] = [0] * len(sequences) if choice is None else choice.depths_B.tolist()
         scores: Scores | None
         start = self._clock()
@@ -137,12 +138,12 @@ class AdaptiveSpeculation:
             if depth:
                 self._records[one].drafted_len = len(one.token_ids)
         option, draft_s = (0, 0.0) if choice is None else (choice.option, seconds)
-        self._last = _Step(sequences, load, depths, scores, option, size, draft_s)
+        self._last = _Step(sequences, load, depths, scores, option, size, draft_s, self._clock() - began)
         self._count(depths, scores, tree)
         return tree
 
-    def _roots(self, sequences: list[Sequence], load: Load, is_plain: bool = False) -> TokenTree:
-        self._last = _Step(sequences, load, [0] * len(sequences), is_plain=is_plain)
+    def _roots(self, sequences: list[Sequence], load: Load, looked_s: float = 0.0) -> TokenTree:
+        self._last = _Step(sequences, load, [0] * len(sequences), looked_s=looked_s)
         self.counts.num_rows += len(sequences)
         return TokenTree.roots(int_tensor([one.root for one in sequences], self._device))
 
@@ -236,12 +237,12 @@ class AdaptiveSpeculation:
             return
         # As it was calibrated: what drafts made of it since must not move what they are measured against.
         plain_s = self.costs.target.predict(load.num_rows, load.num_sequences, load.context)
-        num_rows = len(last.sequences)
-        if last.is_plain:
-            self._payoff.saw_plain(num_rows, seconds, plain_s)
-        else:
-            in_vain = rows == load.num_rows and last.draft is None
-            self._payoff.saw_drafts(num_rows, sum(map(len, verdict.tokens)), seconds, plain_s, in_vain)
+        num_rows, num_tokens = len(last.sequences), sum(map(len, verdict.tokens))
+        in_vain = rows == load.num_rows and last.draft is None
+        if in_vain:
+            self._payoff.saw_plain(num_rows, seconds - last.looked_s, plain_s)
+        if not in_vain or last.looked_s > 0:
+            self._payoff.saw_drafts(num_rows, num_tokens, seconds, plain_s, in_vain)
 
     def _options(
         self,

@@ -124,8 +124,8 @@ class Member:
             draft = self.drafts.pop(commit.sequence_id, None)
             if commit.nodes is None or draft is None:
                 # A root alone is in any tree, and a copy of each commit would be most of the work.
-                is_root = commit.nodes is None or len(commit.nodes) == 1
-                own.append(commit if is_root or self._ready else replace(commit, nodes=None))
+                has_nodes = commit.nodes is not None and len(commit.nodes) > 1
+                own.append(replace(commit, nodes=None) if has_nodes and not self._ready else commit)
             else:
                 own += _translated(commit, self._follow(commit, draft, cells, hits))
         if cells:

@@ -95,9 +95,15 @@ class NGramDrafter(OffPages):
 
     def bind(self, target: PagedModel, pool: PagePool) -> None:
         self._vocab_size, self._device = target.vocab_size, target.device
+        self._indexes.clear()
 
     def observe(self, commits: Seq[Commit]) -> None:
-        """Nothing: an index reads its sequence when it is asked, and of many it is never asked."""
+        """Reads along in prompts, chunk by chunk. What is generated is read when somebody asks; of many texts nobody does."""
+        for commit in commits:
+            one = commit.sequence
+            if one is not None and commit.start < one.prompt_len:
+                index = self._indexes.setdefault(one.id, NGramIndex(*self._settings))
+                index.extend(one.token_ids[len(index.tokens) : commit.start + len(commit.token_ids)])
 
     def propose(self, sequences: Seq[Sequence], policy: TreePolicy, noise: Noise) -> TokenTree:
         rows = self.ready(sequences, policy)

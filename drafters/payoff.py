@@ -51,7 +51,7 @@ class Payoff:
         return _alike(num_rows, self._plain_rows)
 
     def saw_plain(self, num_rows: int, seconds: float, expected_s: float) -> None:
-        """A step of `num_rows` sequences, without a thought of drafts, took so long."""
+        """A step of `num_rows` sequences, without drafts, took so long, what was spent on looking for them left out."""
         if seconds > 0 and expected_s > 0:
             error = math.log(seconds / expected_s)
             self._error += (0.25 if self._has_seen(num_rows) else 1.0) * (error - self._error)
@@ -60,8 +60,8 @@ class Payoff:
     def saw_drafts(
         self, num_rows: int, num_tokens: int, seconds: float, expected_plain_s: float, in_vain: bool = False
     ) -> None:
-        """A step of `num_rows` sequences, with drafts or after looking for some `in_vain`, took so long and brought so many
-        tokens."""
+        """A step of `num_rows` sequences, with drafts or after looking for some `in_vain`, took so long in all and brought so
+        many tokens."""
         if not self._has_seen(num_rows):
             return
         self._spent_s += seconds

@@ -59,6 +59,7 @@ def run(config: TrainConfig, command: str) -> int:
         if tracker is not None:
             tracker.start({**asdict(config), "provenance": provenance(command)})
         trainer, target = _prepare(config, params, train, accelerator)
+        counts_V = learnt_counts(config.head, train, target.vocab_size)
         rows: list[dict[str, Any]] = []
 
         def evaluate(state: Mapping[str, Tensor]) -> dict[str, float]:
@@ -69,7 +70,7 @@ def run(config: TrainConfig, command: str) -> int:
         def keep_best(state: Mapping[str, Tensor]) -> None:
             best = Path(config.folder) / "best"
             save_head(_head_with(trainer, state), best, base_model=target_name(config.target))
-            save_frequencies(learnt_counts(config.head, train, target.vocab_size), best)
+            save_frequencies(counts_V, best)
             if isinstance(trainer.objective, MedusaJointObjective):
                 trainer.objective.model.save_pretrained(best / "target")
                 if target.tokenizer is not None:

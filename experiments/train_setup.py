@@ -22,7 +22,7 @@ from specdec.config import (
 from specdec.drafters.heads import EagleHead
 from specdec.drafters.heads.formats import Head, load_head
 from specdec.drafters.heads.frequencies import FILE, read_frequencies
-from specdec.drafters.training.initial import new_eagle, new_medusa, with_vocabulary_of
+from specdec.drafters.training.initial import new_eagle, new_medusa, with_vocabulary
 from specdec.drafters.training.joint import MedusaJointObjective
 from specdec.drafters.training.objectives import Eagle1Objective, Eagle3Objective, MedusaObjective, Objective
 from specdec.drafters.training.params import TrainingParams
@@ -58,10 +58,9 @@ def build_objective(
         _begin(eagle, head.initial, target)
         return Eagle1Objective(eagle, target, head.token_weight, head.noise)
     assert isinstance(head, Eagle3HeadConfig)
-    counts_V = learnt_counts(head, data, target.vocab_size)
-    eagle = _eagle3(head, target, counts_V, seed)
+    eagle = _eagle3(head, target, data, seed)
     if eagle.draft_to_target_R is not None:
-        share = coverage(counts_V, eagle.draft_to_target_R.cpu())
+        share = coverage(token_counts(data, target.vocab_size), eagle.draft_to_target_R.cpu())
         size = eagle.config.draft_vocab_size
         say(f"draft vocabulary: {size} of {target.vocab_size} tokens, {share:.2%} of the tokens to be learnt")
     return Eagle3Objective(eagle, target, head.num_steps, head.decay)
@@ -76,20 +75,20 @@ def learnt_counts(head: HeadConfig, data: RecordSet, vocab_size: int) -> Tensor:
     return counts_V + read_frequencies(file, vocab_size) if file.is_file() else counts_V
 
 
-def _eagle3(head: Eagle3HeadConfig, target: TrainingTarget, counts_V: Tensor, seed: int) -> EagleHead:
+def _eagle3(head: Eagle3HeadConfig, target: TrainingTarget, data: RecordSet, seed: int) -> EagleHead:
     initial, size = head.initial, head.draft_vocab_size
+    given = None if initial is None else load_head(initial, target.model, device=target.device)
     if initial is None and not head.keep_vocabulary:
         raise ValueError("head.keep_vocabulary=false is for a head that begins as another: give head.initial=PATH")
-    given = None if initial is None else load_head(initial, target.model, device=target.device)
-    renewed = isinstance(given, EagleHead) and not head.keep_vocabulary
     ids = None
     if size is not None and size < target.vocab_size:
         known = given.draft_to_target_R if isinstance(given, EagleHead) else None
+        counts_V = learnt_counts(head, data, target.vocab_size)
         ids = most_frequent(counts_V, size, None if known is None else known.cpu())
     eagle = new_eagle(target, 3, seed, ids, head.feature_layers, head.intermediate_size)
-    if isinstance(given, EagleHead) and renewed:
-        given = with_vocabulary_of(eagle, given)
-    if given is not None and initial is not None:
+    if initial is not None and given is not None:
+        if isinstance(given, EagleHead) and not head.keep_vocabulary:
+            given = with_vocabulary(given, eagle)
         _take_over(eagle, given, initial)
     return eagle
 

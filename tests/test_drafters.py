@@ -85,18 +85,30 @@ def test_sampled_policies_look_up_ngrams_of_any_length() -> None:
     assert set(tree.tokens_BN[0, 1 : int(tree.num_nodes_B[0])].tolist()) == {7}
 
 
-def test_tokens_are_indexed_once_and_when_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tokens_are_indexed_once_prompts_in_chunks_and_the_rest_when_asked(
+    monkeypatch: pytest.MonkeyPatch, tiny
+) -> None:
     read: list[int] = []
     extend = NGramIndex.extend
     monkeypatch.setattr(NGramIndex, "extend", lambda index, tokens: (read.extend(tokens), extend(index, tokens))[1])
     drafter, one = NGramDrafter(), sequence([1, 2, 3, 4])
-    drafter._vocab_size = 1000
-    drafter.observe([Commit(0, 0, [1, 2, 3], 4, None, {}, one)])
-    assert not read and not drafter._indexes
+    target = PagedModel(tiny(0))
+    drafter.bind(target, PagePool(0))
+    drafter.observe([Commit(0, 0, [1, 2], 3, None, {}, one)])
+    assert read == [1, 2]
+    one.token_ids += [5, 6]
+    drafter.observe([Commit(0, 2, [3, 4], 5, None, {}, one)])
+    drafter.observe([Commit(0, 4, [5], 6, [0], {}, one)])
+    assert read == [1, 2, 3, 4]
     for more in ([], [5, 1, 2], []):
         one.token_ids += more
         drafter.propose([one], chain(2), CounterNoise([1], [0], [len(one.token_ids) - 1]))
         assert read == one.token_ids == drafter._indexes[0].tokens
+    # Another engine's sequence of the same number is another text.
+    drafter.bind(target, PagePool(0))
+    other = sequence([7, 8, 7])
+    tree = drafter.propose([other], chain(2), CounterNoise([1], [0], [2]))
+    assert paths(tree) == [[8], [8, 7]]
     drafter.forget([0])
     assert not drafter._indexes
 

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import pytest
 
+from specdec import Engine, PagedModel, SamplingParams
+from specdec.cost import CostModel, DraftCost, TargetCost
+from specdec.drafters import NGramDrafter, SmallModelDrafter, chain
+from specdec.drafters.adaptive import AdaptiveSpeculation
 from specdec.drafters.payoff import Payoff
+from specdec.drafters.union import UnionDrafter
+from specdec.verifiers import Verifier
 
 PLAIN_S = 0.01
 
@@ -105,3 +111,47 @@ def test_whoever_never_finds_anything_stops_looking() -> None:
         assert not payoff.is_resting
     payoff.saw_drafts(4, 4, 1.01 * PLAIN_S, PLAIN_S, in_vain=True)
     assert payoff.is_resting
+
+
+class Recorder(Payoff):
+    """Lets everybody go on and notes what it is told."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.plain: list[float] = []
+        self.drafts: list[tuple[float, bool]] = []
+
+    def rests(self, num_rows: int, has_prompts: bool) -> bool:
+        return False
+
+    def saw_plain(self, num_rows: int, seconds: float, expected_s: float) -> None:
+        self.plain.append(seconds)
+
+    def saw_drafts(self, num_rows, num_tokens, seconds, expected_plain_s, in_vain=False) -> None:
+        self.drafts.append((seconds, in_vain))
+
+
+@pytest.mark.parametrize("pays", [False, True])
+@pytest.mark.parametrize("kind", ["looks", "rests"])
+def test_steps_that_look_in_vain_are_told_from_steps_that_rest(kind: str, pays: bool, tiny) -> None:
+    target, policy, recorder = PagedModel(tiny(0)), chain(2), Recorder()
+    drafter = UnionDrafter([NGramDrafter()]) if kind == "looks" else SmallModelDrafter(PagedModel(tiny(0)))
+    row_s = 1e-9 if pays else 1.0
+    costs = CostModel(TargetCost((1, 64), (0.01, 0.01 + 63 * row_s)), DraftCost(1e-9, 1e-9, 1e-9))
+    speculation = AdaptiveSpeculation(policy, costs)
+    speculation._payoff = recorder
+    engine = Engine(Verifier(target), drafter, policy, speculation=speculation)
+    engine.generate([[5, 6, 7, 5, 6, 7, 5]], SamplingParams(max_new_tokens=40, temperature=0.0, ignore_eos=True))
+    in_vain = [seconds for seconds, vain in recorder.drafts if vain]
+    tried = [seconds for seconds, vain in recorder.drafts if not vain]
+    if kind == "looks":
+        # Every step has looked; what that took is no part of a plain step.
+        assert len(in_vain) == len(recorder.plain) and all(
+            plain < whole for plain, whole in zip(recorder.plain, in_vain, strict=True)
+        )
+        assert bool(tried) == pays and (pays or in_vain)
+    elif pays:
+        assert len(tried) > len(recorder.plain)
+    else:
+        # Most steps follow from one choice.
+        assert len(recorder.plain) > 30 > 5 > len(in_vain) > 0 == len(tried)

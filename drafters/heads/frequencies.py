@@ -72,8 +72,7 @@ def read_frequencies(file: str | os.PathLike[str], vocab_size: int) -> Tensor:
 def _checked(counts_V: Tensor, name: str, vocab_size: int) -> Tensor:
     if len(counts_V) != vocab_size:
         raise ValueError(
-            f"{name} counts {len(counts_V)} tokens, and the target has {vocab_size}: "
-            f"name one of this target as drafter.token_frequencies="
+            f"{name} counts {len(counts_V)} tokens, and the target has {vocab_size}: use one that was made with this target"
         )
     return counts_V
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from collections.abc import Sequence as Seq
 from contextlib import contextmanager
@@ -78,23 +79,22 @@ def new_eagle(
     return head.to(target.device)
 
 
-def with_vocabulary_of(new: EagleHead, given: EagleHead) -> EagleHead:
-    """`given` with the draft vocabulary of `new`: rows of its LM head where it knows a token, those of `new` elsewhere."""
-    config = replace(given.config, draft_vocab_size=new.config.draft_vocab_size)
-    head = EagleHead(config).to(given.fc.weight.device)
-    state, fresh = given.state_dict(), new.state_dict()
-    if given.lm_head is not None and new.lm_head is not None:
-        weight_RD = fresh["lm_head.weight"].clone()
-        place_V = torch.full((config.vocab_size,), -1)
+def with_vocabulary(given: EagleHead, new: EagleHead) -> EagleHead:
+    """`given` with the draft vocabulary of `new`: rows of its LM head where it knows a token, those of `new` elsewhere. Where
+    that is all they differ in, it is of the shape of `new`; else it stays as it is."""
+    if replace(given.config, draft_vocab_size=new.config.draft_vocab_size) != new.config:
+        return given
+    head = copy.deepcopy(new)
+    state = {
+        name: one for name, one in given.state_dict().items() if name not in ("lm_head.weight", "draft_to_target_R")
+    }
+    head.load_state_dict(state, strict=False)
+    if head.lm_head is not None and given.lm_head is not None:
+        place_V = torch.full((head.config.vocab_size,), -1)
         place_V[_ids(given)] = torch.arange(given.config.draft_vocab_size)
-        place_R = place_V[_ids(new)]
-        is_known_R = (place_R >= 0).to(weight_RD.device)
-        weight_RD[is_known_R] = given.lm_head.weight.detach()[place_R[place_R >= 0].to(weight_RD.device)].to(weight_RD)
-        state["lm_head.weight"] = weight_RD
-    state.pop("draft_to_target_R", None)
-    if new.draft_to_target_R is not None:
-        state["draft_to_target_R"] = new.draft_to_target_R
-    head.load_state_dict(state)
+        place_R = place_V[_ids(head)].to(head.lm_head.weight.device)
+        with torch.no_grad():
+            head.lm_head.weight[place_R >= 0] = given.lm_head.weight[place_R[place_R >= 0]].to(head.lm_head.weight)
     return head
 
 

@@ -122,7 +122,7 @@ class Eagle1HeadConfig(HeadConfig):
 @dataclass
 class Eagle3HeadConfig(HeadConfig):
     """See `specdec.drafters.training.objectives.Eagle3Objective`. `feature_layers` None: a low, a middle and a high one.
-    With `keep_vocabulary` a head that begins as `initial` drafts from the vocabulary of that, else from one of its own data."""
+    With `keep_vocabulary` a head that begins as `initial` drafts from that one's vocabulary, else from one chosen anew."""
 
     label: ClassVar[str] = "eagle3"
     num_steps: int = MISSING
