@@ -27,16 +27,19 @@ class BlockByPairs : BlockOfRows {
     values += group_ * heads_.size;
     for (long e = 0; e < heads_.size; e += DEPTH)
       load_columns(count_, [&](long r) { return queries + place_of(r, query_stride) + e; }, queries_ + e / 2);
-    score(keys);
-    const Floats sums = exponentiate();
+    alignas(64) float total[ROWS];
+    if (count_ <= FEW) {
+      weigh_few(keys, total);
+    } else {
+      score(keys);
+      store_floats(total, exponentiate());
+    }
     std::memset(results_, 0, ROWS * heads_.size * sizeof(float));
     // A pair that the tree divides belongs to each query's own path.
     const long even = sequence_.tail_mask ? common_ / 2 * 2 : common_;
     for (long e = 0; e < heads_.size; e += WIDTH) gather(values, e, even);
     if (sequence_.tail_mask)
       each_path(even, [&](long first, long rows, long len) { gather_path(values, first, rows, even, len); });
-    alignas(64) float total[ROWS];
-    store_floats(total, sums);
     for (long r = 0; r < count_; ++r) {
       bf16* to = out + place_of(r, out_stride);
       for (long e = 0; e < heads_.size; e += 16) store(to + e, load_floats(results_ + r * heads_.size + e) / all(total[r]));
@@ -46,6 +49,8 @@ class BlockByPairs : BlockOfRows {
  private:
   // Components whose values lie interleaved at a time, and pairs of positions.
   static constexpr long WIDTH = 32, TILE = 16;
+  // So many rows are better told from one another, 16 keys side by side in a vector.
+  static constexpr long FEW = 8;
 
   const bf16* at(const bf16* cache, long key) const { return cache + sequence_.slot(key) * step_; }
 
@@ -111,6 +116,75 @@ class BlockByPairs : BlockOfRows {
     return sums;
   }
 
+  // What `score` and `exponentiate` do, for few rows: the same products and sums in the same order, so the same bits.
+  void weigh_few(const bf16* keys, float* total) {
+    static thread_local Scratch scores_memory, tail_memory;
+    const long width = (longest_ + 15) / 16 * 16;
+    float* scores = (float*)scores_memory.get(count_ * width * sizeof(float));
+    score_few(keys, 0, common_, scores, width);
+    if (sequence_.tail_mask) {
+      const long tail = sequence_.num_keys - common_, tail_width = (tail + 15) / 16 * 16;
+      float* of_tail = (float*)tail_memory.get(count_ * tail_width * sizeof(float));
+      score_few(keys, common_, tail, of_tail, tail_width);
+      for (long r = 0; r < count_; ++r) {
+        const uint8_t* sees = sequence_.tail_mask + query_of(r) * tail;
+        long p = common_;
+        for (long m = 0; m < tail; ++m)
+          if (sees[m]) scores[r * width + p++] = of_tail[r * tail_width + m];
+      }
+    }
+    for (long r = 0; r < count_; ++r) total[r] = exponentiate_one(scores + r * width, width, r);
+  }
+
+  // Scores of `count` keys from `first` on, to [row][key].
+  void score_few(const bf16* keys, long first, long count, float* to, long width) const {
+    typedef void (BlockByPairs::*Score)(const bf16*, long, long, float*, long) const;
+    static constexpr Score of[] = {&BlockByPairs::score_rows<1>, &BlockByPairs::score_rows<2>, &BlockByPairs::score_rows<3>,
+                                   &BlockByPairs::score_rows<4>, &BlockByPairs::score_rows<5>, &BlockByPairs::score_rows<6>,
+                                   &BlockByPairs::score_rows<7>, &BlockByPairs::score_rows<8>};
+    static_assert(sizeof of / sizeof *of == FEW);
+    for (long p = 0; p < count; p += 16)
+      (this->*of[count_ - 1])(keys, first + p, count - p < 16 ? count - p : 16, to + p, width);
+  }
+
+  template <long NUM>
+  void score_rows(const bf16* keys, long first, long count, float* to, long width) const {
+    Floats sums[NUM];
+#pragma GCC unroll 8
+    for (long r = 0; r < NUM; ++r) sums[r] = all(0.0f);
+    for (long e = 0; e < heads_.size; e += DEPTH) {
+      __m512i columns[16];
+      load_columns(count, [&](long i) { return at(keys, first + i) + e; }, columns);
+      for (long i = 0; i < 16; ++i) {
+        const RowPair* queries = (const RowPair*)(queries_ + e / 2 + i);
+#pragma GCC unroll 8
+        for (long r = 0; r < NUM; ++r) sums[r] = plus_products(sums[r], columns[i], queries[r]);
+      }
+    }
+#pragma GCC unroll 8
+    for (long r = 0; r < NUM; ++r) store_floats(to + r * width, sums[r] * all(heads_.scaling));
+  }
+
+  // A row's scores to weights, and their sum.
+  float exponentiate_one(float* scores, long width, long row) {
+    const long end = last_[row] + 1, begin = heads_.window > 0 && end > heads_.window ? end - heads_.window : 0;
+    for (long p = 0; p < begin; ++p) scores[p] = -INFINITY;
+    for (long p = end; p < width; ++p) scores[p] = -INFINITY;
+    Floats best = all(-INFINITY);
+    for (long p = 0; p < width; p += 16) best = larger(best, load_floats(scores + p));
+    best = all(largest(best));
+    for (long p = 0; p < width; p += 16) {
+      const Floats some = exponential(load_floats(scores + p) - best);
+      store_floats(scores + p, some);
+      alignas(32) RowPair pairs[8];
+      _mm256_store_si256((__m256i*)pairs, narrowed(some));
+      for (long i = 0; i < 8 && p / 2 + i < pairs_; ++i) weights_[(p / 2 + i) * ROWS + row] = pairs[i];
+    }
+    float total = 0;
+    for (long p = begin; p < end; ++p) total += scores[p];
+    return total;
+  }
+
   // Two positions' components, the first's and the second's side by side.
   static void interleave(const bf16* one, const bf16* other, Pairs& low, Pairs& high) {
     alignas(64) static constexpr uint16_t ORDER[2][32] = {
@@ -135,7 +209,9 @@ class BlockByPairs : BlockOfRows {
       long r = 0;
       for (; r + 8 <= count_; r += 8) add<8>(near, weights, pairs, r, e);
       if (r + 4 <= count_) add<4>(near, weights, pairs, r, e), r += 4;
-      for (; r < count_; ++r) add<1>(near, weights, pairs, r, e);
+      if (r + 3 == count_) add<3>(near, weights, pairs, r, e);
+      if (r + 2 == count_) add<2>(near, weights, pairs, r, e);
+      if (r + 1 == count_) add<1>(near, weights, pairs, r, e);
     }
   }
 

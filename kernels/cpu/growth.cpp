@@ -1,7 +1,8 @@
 // Confidence trees of an EAGLE head, all levels in one call.
 //
 // What `TopK.grow` in drafters/growth.py does level by level (Li et al. 2024, EAGLE-2, sections 4.1-4.2): run the likeliest
-// nodes of the last level, give each its likeliest children, keep the likeliest nodes of all.
+// nodes of the last level, give each its likeliest children, keep the likeliest nodes of all. Nodes whose children could not be
+// kept are not run.
 #include <algorithm>
 #include <vector>
 
@@ -133,7 +134,7 @@ class Grower {
 #pragma omp master
       {
         take_children();
-        is_done_ = ++depth_ >= growth_.depth || is_complete() || !choose_frontier();
+        is_done_ = ++depth_ >= growth_.depth || !choose_frontier();
         if (!is_done_) prepare();
       }
 #pragma omp barrier
@@ -208,20 +209,14 @@ class Grower {
     }
   }
 
-  // Whether no node below the last level can be among those that are kept: a path is never likelier than its beginning.
-  bool is_complete() const {
+  // What a node of this tree must score more than for any below it to be kept: a path is never likelier than its beginning.
+  float least(const Tree& tree) const {
     const size_t kept = growth_.max_nodes;
-    for (const Tree& tree : trees_) {
-      float best = -INFINITY;
-      for (size_t c = tree.first; c < tree.candidates.size(); ++c) best = std::max(best, tree.candidates[c].score);
-      if ((long)tree.candidates.size() == tree.first) continue;
-      if (tree.candidates.size() < kept) return false;
-      std::vector<float> scores;
-      for (const Candidate& one : tree.candidates) scores.push_back(one.score);
-      std::nth_element(scores.begin(), scores.begin() + kept - 1, scores.end(), std::greater<float>());
-      if (best > scores[kept - 1]) return false;
-    }
-    return true;
+    if (tree.candidates.size() < kept) return -INFINITY;
+    std::vector<float> scores;
+    for (const Candidate& one : tree.candidates) scores.push_back(one.score);
+    std::nth_element(scores.begin(), scores.begin() + kept - 1, scores.end(), std::greater<float>());
+    return scores[kept - 1];
   }
 
   // The nodes to run next; false: none.
@@ -231,7 +226,9 @@ class Grower {
       Tree& tree = trees_[b];
       tree.frontier.clear();
       if (growth_.roots[b].limit <= depth_) continue;
-      for (size_t c = tree.first; c < tree.candidates.size(); ++c) tree.frontier.push_back(c);
+      const float bound = least(tree);
+      for (size_t c = tree.first; c < tree.candidates.size(); ++c)
+        if (tree.candidates[c].score > bound) tree.frontier.push_back(c);
       std::stable_sort(tree.frontier.begin(), tree.frontier.end(),
                        [&](long x, long y) { return tree.candidates[x].score > tree.candidates[y].score; });
       if ((long)tree.frontier.size() > growth_.num_children) tree.frontier.resize(growth_.num_children);
