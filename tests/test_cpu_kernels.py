@@ -116,8 +116,8 @@ def test_a_token_has_the_bits_it_has_alone(name: str) -> None:
     ids = torch.randint(3, 90, (100,), generator=torch.Generator().manual_seed(4))
     pool = PagePool(num_pages=60, page_size=16)
     cache = model.new_cache(pool)
-    one_by_one, at_once, branched = (PageTable(pool) for _ in range(3))
-    for table in (one_by_one, at_once, branched):
+    one_by_one, at_once, branched, forked = (PageTable(pool) for _ in range(4))
+    for table in (one_by_one, at_once, branched, forked):
         table.reserve(120, 0)
     alone = torch.cat(
         [
@@ -134,6 +134,11 @@ def test_a_token_has_the_bits_it_has_alone(name: str) -> None:
     branch = Segment(branched, 90, nodes[0], 90 + tree.depth_BN[0], tree.ancestors_BNN[0])
     found = model.forward([branch], cache).logits_RV
     assert torch.equal(found[path], alone[90:95])
+    # A tree so small that its rows are few beside what a vector holds, behind an odd number of tokens.
+    model.forward([Segment(forked, 0, ids[:91], torch.arange(91))], cache)
+    small = TokenTree.from_parents(torch.tensor([[int(ids[91]), 7, int(ids[92])]]), torch.tensor([[-1, 0, 0]]))
+    fork = Segment(forked, 91, small.tokens_BN[0], 91 + small.depth_BN[0], small.ancestors_BNN[0])
+    assert torch.equal(model.forward([fork], cache).logits_RV[[0, 2]], alone[91:93])
 
 
 @pytest.mark.parametrize("name", MODELS)
