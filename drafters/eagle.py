@@ -66,16 +66,19 @@ class EagleDrafter(LevelDrafter):
 
     Its entry t reads the feature of token t and token t + 1. Final tokens are run with the target's own features, as the
     verifying forward gave them; drafted nodes with the head's own outputs in their place. What a tree left behind in the
-    slots is overwritten, never committed. `tokens` are those it drafts from (None: all that the head knows). Raises
-    ValueError where head and target do not fit.
+    slots is overwritten, never committed. `tokens` are those it drafts from (None: all that the head knows). `int8` rounds the
+    head's weights to 8 bits where our CPU kernels run, which halves what a draft reads. Raises ValueError where head and
+    target do not fit.
     """
 
     name = "eagle"
     # Entry t reads token t + 1, which behind a shared prefix need not be the one it was computed with.
     overlap = 1
 
-    def __init__(self, head: EagleHead | HeadSource[EagleHead], tokens: FrequentTokens | None = None) -> None:
-        self._source, self._tokens = head, tokens
+    def __init__(
+        self, head: EagleHead | HeadSource[EagleHead], tokens: FrequentTokens | None = None, int8: bool = False
+    ) -> None:
+        self._source, self._tokens, self._int8 = head, tokens, int8
         self.feature_layers: tuple[int, ...] = ()
         self._cache: KVCache | None = None
         self._states: dict[int, _State] = {}
@@ -84,8 +87,8 @@ class EagleDrafter(LevelDrafter):
         self.head = resolve(self._source, target)
         check_fit(self.head, target)
         self.feature_layers = self.head.config.feature_layers
-        found = drafting(self.head, target, self._tokens)
-        self._served = fitted(found.head, target, _run_once)
+        found = drafting(self.head, target, self._tokens, self._int8)
+        self._served = fitted(found.head, target, _run_once, self._int8)
         self._lm_head, self._ids_R = found.lm_head, found.ids_R
         self._fused: FusedEagle | None = None
         self._growth: FusedGrowth | None = None
@@ -311,11 +314,12 @@ def load(
     norm_before_residual: bool | None = None,
     draft_vocab_size: int | None = None,
     token_frequencies: str | None = None,
+    int8: bool = True,
 ) -> EagleDrafter:
     """A drafter from a checkpoint of any known format, over the `draft_vocab_size` most frequent tokens (None: all); options
-    as in `load_head` and `frequent_tokens`, whose errors it raises."""
+    as in `load_head`, `frequent_tokens`, whose errors it raises, and `EagleDrafter`."""
     source = HeadSource(path, EagleHead, layer_ids=layer_ids, norm_before_residual=norm_before_residual)
-    return EagleDrafter(source, frequent_tokens(source.folder, draft_vocab_size, token_frequencies))
+    return EagleDrafter(source, frequent_tokens(source.folder, draft_vocab_size, token_frequencies), int8)
 
 
 def _run_once(head: EagleHead) -> None:

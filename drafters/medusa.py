@@ -23,15 +23,18 @@ class MedusaDrafter(OffPages, NetworkDrafter):
 
     The state of the token before the root gave the root itself; from the same state head i predicts the token i + 1 places
     behind it. So a law depends on the depth alone (and on drafted tokens through penalties), and trees end at the
-    number of heads. `tokens` are those they draft from (None: all). Raises ValueError where heads and target do not fit.
+    number of heads. `tokens` are those they draft from (None: all). `int8` rounds weights to 8 bits where our CPU kernels
+    run, which halves what a draft reads. Raises ValueError where heads and target do not fit.
     """
 
     name = "medusa"
     # The state of the token before the root is on no page.
     overlap = 1
 
-    def __init__(self, heads: MedusaHeads | HeadSource[MedusaHeads], tokens: FrequentTokens | None = None) -> None:
-        self._source, self._tokens = heads, tokens
+    def __init__(
+        self, heads: MedusaHeads | HeadSource[MedusaHeads], tokens: FrequentTokens | None = None, int8: bool = False
+    ) -> None:
+        self._source, self._tokens, self._int8 = heads, tokens, int8
         self.feature_layers: tuple[int, ...] = ()
         self._states: dict[int, Tensor] = {}
 
@@ -47,8 +50,8 @@ class MedusaDrafter(OffPages, NetworkDrafter):
                     f"Medusa heads for {what} {ours} do not fit target {target.name}, which has {theirs}: "
                     f"choose heads trained for this target"
                 )
-        found = drafting(self.heads, target, self._tokens)
-        self._served = fitted(found.head, target, _run_once)
+        found = drafting(self.heads, target, self._tokens, self._int8)
+        self._served = fitted(found.head, target, _run_once, self._int8)
         self._lm_head, self.ids_R = found.lm_head, found.ids_R
         self.vocab_size, self.device = target.vocab_size, target.device
         self.feature_layers = (target.num_layers,)
@@ -108,11 +111,13 @@ class _MedusaNext:
         return NextLogits(self._draft, logits_BWR, self._draft.ids_R)
 
 
-def load(path: str, draft_vocab_size: int | None = None, token_frequencies: str | None = None) -> MedusaDrafter:
+def load(
+    path: str, draft_vocab_size: int | None = None, token_frequencies: str | None = None, int8: bool = True
+) -> MedusaDrafter:
     """A drafter from a checkpoint of any known format, over the `draft_vocab_size` most frequent tokens (None: all); raises
-    what `load_head` and `frequent_tokens` do."""
+    what `load_head` and `frequent_tokens` do. `int8`: see `MedusaDrafter`."""
     source = HeadSource(path, MedusaHeads)
-    return MedusaDrafter(source, frequent_tokens(source.folder, draft_vocab_size, token_frequencies))
+    return MedusaDrafter(source, frequent_tokens(source.folder, draft_vocab_size, token_frequencies), int8)
 
 
 def _run_once(heads: MedusaHeads) -> None:

@@ -100,10 +100,11 @@ class NextLogits:
 NetworkT = TypeVar("NetworkT", bound=nn.Module)
 
 
-def fitted(network: NetworkT, target: PagedModel, run: Callable[[NetworkT], object]) -> NetworkT:
+def fitted(network: NetworkT, target: PagedModel, run: Callable[[NetworkT], object], int8: bool = False) -> NetworkT:
     """The network as it serves: on the target's device, in its number format, its linear layers packed where that pays.
 
-    A copy wherever anything has to be changed, for the network may be in training. `run` is one forward of it.
+    A copy wherever anything has to be changed, for the network may be in training. `run` is one forward of it. `int8`: see
+    `specdec.packing.pack_linears`.
     """
     tensors = [*network.parameters(), *network.buffers()]
     kinds = {(one.device, one.dtype if one.is_floating_point() else target.dtype) for one in tensors}
@@ -113,5 +114,5 @@ def fitted(network: NetworkT, target: PagedModel, run: Callable[[NetworkT], obje
     served = copy.deepcopy(network).to(target.device, target.dtype).requires_grad_(False).eval()
     if packs:
         with torch.inference_mode():
-            pack_linears(served, lambda: run(served))
+            pack_linears(served, lambda: run(served), int8)
     return served

@@ -157,7 +157,7 @@ def fit_vocabulary(logits: Tensor, vocab_size: int) -> Tensor:
     return logits if missing == 0 else pad(logits, (0, missing), value=-torch.inf)
 
 
-def load(path: str, **options: object) -> SmallModelDrafter:
+def load(path: str, int8: bool = True, **options: object) -> SmallModelDrafter:
     """A drafter from a hub id, folder or GGUF file; options as in `specdec.loading.load_model`."""
     # How drafts round changes no text.
-    return SmallModelDrafter(PagedModel.load(path, **{"numerics": "fast", **options}))
+    return SmallModelDrafter(PagedModel.load(path, int8=int8, **{"numerics": "fast", **options}))

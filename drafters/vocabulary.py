@@ -28,10 +28,11 @@ class Drafting(Generic[HeadT]):
     ids_R: Tensor | None
 
 
-def drafting(head: HeadT, target: PagedModel, tokens: FrequentTokens | None) -> Drafting[HeadT]:
+def drafting(head: HeadT, target: PagedModel, tokens: FrequentTokens | None, int8: bool = False) -> Drafting[HeadT]:
     """The head over `tokens` alone (Zhao et al. 2025, "FR-Spec", section 3), or as it is.
 
-    Its laws are its own over that part, renormalised, so every rule stays exact. Raises ValueError where the head has a
+    Its laws are its own over that part, renormalised, so every rule stays exact. A part of the target's LM head is packed as
+    `fitted` does it with `int8`. Raises ValueError where the head has a
     reduced vocabulary of its own, and where the LM head is no linear layer.
     """
     own_ids_R = head.draft_to_target_R if isinstance(head, EagleHead) else None
@@ -46,7 +47,7 @@ def drafting(head: HeadT, target: PagedModel, tokens: FrequentTokens | None) -> 
         return Drafting(_with_rows(head, ids_R), target.lm_head, ids_R.to(target.device))
     rows = linear_rows(target.model.get_output_embeddings(), ids_R)
     like = rows.weight.new_zeros(1, rows.in_features)
-    return Drafting(head, fitted(nn.Sequential(rows), target, lambda net: net(like)), ids_R.to(target.device))
+    return Drafting(head, fitted(nn.Sequential(rows), target, lambda net: net(like), int8), ids_R.to(target.device))
 
 
 def _with_rows(head: HeadT, ids_R: Tensor) -> HeadT:

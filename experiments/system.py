@@ -187,10 +187,11 @@ def check_draft(config: DrafterConfig) -> None:
 
 
 def drafter_label(config: DrafterConfig) -> str:
-    """What rows call the drafter: its kind, its model's name where it has one, and the part of the vocabulary it drafts; of a
-    union its parts."""
+    """What rows call the drafter: its kind, its model's name where it has one, the part of the vocabulary it drafts, and that
+    its weights are not rounded to 8 bits; of a union its parts."""
     if isinstance(config, UnionConfig):
         return f"{config.label}({drafter_label(config.first)}, {drafter_label(config.second)})"
     path, size = getattr(config, "path", None), getattr(config, "draft_vocab_size", None)
     part = "" if size is None else f", draft_vocab_size={size}"
+    part += "" if getattr(config, "int8", True) else ", int8=false"
     return config.label if path is None else f"{config.label}({model_name(path)}{part})"

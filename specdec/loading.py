@@ -45,13 +45,15 @@ def load_model(
     self_check: bool = True,
     packed: bool = True,
     numerics: str = "auto",
+    int8: bool = False,
 ) -> PagedModel:
     """A model over pages, with its tokenizer where there is one, from a hub id, a folder or a *.gguf file.
 
     `gguf_file` names the GGUF file in the folder or hub repository; its weights are dequantized. `dtype` is auto,
     bfloat16, float16 or float32 (auto: the checkpoint's own; a GGUF has none: bfloat16), `device` auto (CUDA where there
     is one) or a torch device. `self_check` proves once per architecture that its attention over pages is exact.
-    `packed` puts bfloat16 weights on the CPU in a faster layout, see `PagedModel.pack`. `numerics` is fast, invariant (see
+    `packed` puts bfloat16 weights on the CPU in a faster layout, see `PagedModel.pack`; `int8` rounds them to 8 bits there,
+    which is for draft models alone: no verifier takes one as its target. `numerics` is fast, invariant (see
     `specdec.invariance`) or auto: invariant where that can be.
     Raises FileNotFoundError or ValueError, in one line, for anything that cannot be loaded; UnsupportedModelError (a
     ValueError) for a model that would not be exact.
@@ -90,10 +92,14 @@ def load_model(
     # Dequantized, the model is an ordinary one: it can be saved, and a copy of its config built.
     if file and hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
-    return prepare(PagedModel(model, tokenizer, name), self_check=self_check, packed=packed, numerics=numerics)
+    return prepare(
+        PagedModel(model, tokenizer, name), self_check=self_check, packed=packed, numerics=numerics, int8=int8
+    )
 
 
-def prepare(paged: PagedModel, *, self_check: bool = True, packed: bool = True, numerics: str = "auto") -> PagedModel:
+def prepare(
+    paged: PagedModel, *, self_check: bool = True, packed: bool = True, numerics: str = "auto", int8: bool = False
+) -> PagedModel:
     """Makes a model ready to serve and returns it: checks, packs, and sets its numerics as `load_model` says."""
     if self_check:
         from specdec.selfcheck import self_check as check
@@ -102,7 +108,7 @@ def prepare(paged: PagedModel, *, self_check: bool = True, packed: bool = True, 
     if packed:
         from specdec.decoder_check import check_decoder
 
-        paged.pack()
+        paged.pack(int8)
         if self_check:
             check_decoder(paged)
     if numerics != "fast" and packed:

@@ -67,6 +67,7 @@ class PagedModel:
         self.numerics = "fast"
         self._some_weight = next(model.parameters())
         self._decoder: FastDecoder | None = None
+        self.is_rounded = False
         self._takes_rows = "logits_to_keep" in inspect.signature(type(model).forward).parameters
         try:
             model.set_attn_implementation(ATTENTION_NAME)
@@ -85,15 +86,17 @@ class PagedModel:
 
         return load_model(path, **options)
 
-    def pack(self) -> None:
+    def pack(self, int8: bool = False) -> None:
         """Puts the linear layers in a packed layout where that pays (bfloat16 on the CPU); else does nothing.
 
         The plain weights are gone afterwards: the model can run, not be saved or moved. Models built as Llama is then run all
-        their layers in one call, where the CPU has kernels for it. Raises UnsupportedModelError where the model reads a weight
+        their layers in one call, where the CPU has kernels for it. `int8` rounds the weights to 8 bits there: a draft model may
+        be rounded, a target not. Raises UnsupportedModelError where the model reads a weight
         that is no longer there.
         """
         if can_pack(self.device, self.dtype):
-            pack_linears(self.model, self._measure)
+            pack_linears(self.model, self._measure, int8)
+            self.is_rounded = int8
             self._measure()
             with suppress(NotServed):
                 self._decoder = FastDecoder(self.model, self.layer_options)

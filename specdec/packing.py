@@ -15,19 +15,20 @@ from specdec.kernels.linear import Arena, PackedWeight, can_pack, pack, room_for
 __all__ = ["PackedLinear", "can_pack", "linear_rows", "pack_linears", "set_invariant"]
 
 
-def pack_linears(model: nn.Module, run: Callable[[], object]) -> int:
+def pack_linears(model: nn.Module, run: Callable[[], object], int8: bool = False) -> int:
     """Replaces every plain linear layer of `model` by a packed one and returns their number.
 
     A product with few rows is bound by reading the weight, which the plain layout makes slower by half; and layers such as
     the query, key and value projections read the same tensor one after another, so one product serves them. Which do is
-    seen by watching one forward, `run`, so no architecture is named here. The plain weights are freed as they go.
+    seen by watching one forward, `run`, so no architecture is named here. The plain weights are freed as they go. `int8`
+    rounds weights to 8 bits where our own kernels run, which halves what is read: for drafters, whose rounding no text shows.
     """
     groups = _groups(model, run)
     sizes = [[getattr(parent, name).weight.shape for parent, name in group] for group in groups]
-    arena = Arena(sum(room_for(sum(size[0] for size in one), one[0][1]) for one in sizes))
+    arena = Arena(sum(room_for(sum(size[0] for size in one), one[0][1], int8) for one in sizes))
     for group in groups:
         parent = group[0][0]
-        product = SharedProduct([getattr(parent, name) for _, name in group], arena)
+        product = SharedProduct([getattr(parent, name) for _, name in group], arena, int8)
         for index, (owner, name) in enumerate(group):
             setattr(owner, name, PackedLinear(product, index))
     return sum(isinstance(module, PackedLinear) for module in model.modules())
@@ -80,13 +81,14 @@ class PackedLinear(nn.Module):
 class SharedProduct:
     """The product of one input with the stacked weights of the layers that read it; the first to ask computes it."""
 
-    def __init__(self, linears: Seq[nn.Linear], arena: Arena) -> None:
+    def __init__(self, linears: Seq[nn.Linear], arena: Arena, int8: bool = False) -> None:
         self.in_features = linears[0].in_features
         self.sizes = [linear.out_features for linear in linears]
         biases: list[Tensor] = [linear.bias for linear in linears if linear.bias is not None]
         self._bias = torch.cat(biases) if biases else None
         weights: list[Tensor] = [linear.weight for linear in linears]
-        self.weight: PackedWeight = pack(weights[0] if len(weights) == 1 else torch.cat(weights), self._bias, arena)
+        weight = weights[0] if len(weights) == 1 else torch.cat(weights)
+        self.weight: PackedWeight = pack(weight, self._bias, arena, int8)
         self._input: Tensor | None = None
         self._outputs: tuple[Tensor, ...] = ()
 

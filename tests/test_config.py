@@ -6,11 +6,14 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
+import torch
 from head_cases import eagle_config
 from hydra.errors import ConfigCompositionException
 from omegaconf.errors import MissingMandatoryValue
+from torch import Tensor
 
 from specdec import config as configs
+from specdec import packing
 from specdec.drafters import EagleDrafter, MedusaDrafter, NGramDrafter, SmallModelDrafter, UnionDrafter
 from specdec.drafters.heads import EagleHead, MedusaConfig, MedusaHeads
 from specdec.drafters.heads.formats import save_head
@@ -19,6 +22,7 @@ from specdec.engine import Engine
 from specdec.experiments.building import build, describe, sampling_params
 from specdec.experiments.contenders import system_config
 from specdec.experiments.system import load_system, plain_system, target_name
+from specdec.kernels.linear import Arena, PackedWeight, can_pack, pack
 from specdec.model import PagedModel
 from specdec.sampling import SamplingParams
 from specdec.tracking import JsonlTracker, WandbTracker
@@ -189,6 +193,32 @@ def test_a_union_takes_any_two_drafters(model_folder: str, drafts: dict[str, str
         load_system(compose("generate", "drafter=union", "target=hf", "target.path=somewhere"))
     with pytest.raises(ValueError, match="drafter=ngram needs a policy"):
         load_system(compose("generate", "drafter=ngram", "drafter.policy=null"))
+
+
+@pytest.mark.parametrize("name", ["small_model", "medusa", "eagle"])
+def test_weights_of_drafters_are_rounded_unless_refused(
+    name: str, drafts: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = list[bool]()
+
+    def note(weight_OI: Tensor, bias_O: Tensor | None, arena: Arena, int8: bool = False) -> PackedWeight:
+        wanted.append(int8)
+        return pack(weight_OI, bias_O, arena, int8)
+
+    if not can_pack(torch.device("cpu"), torch.bfloat16):
+        pytest.skip("weights are not packed on this CPU")
+    monkeypatch.setattr(packing, "pack", note)
+    for options, is_rounded in ([], True), (["drafter.int8=false"], False):
+        typed = compose("generate", f"drafter={name}", f"draft={drafts[name]}", "target.dtype=bfloat16", *options)
+        system = load_system(typed)
+        assert system.labels["drafter"] == LABELS[name].replace(")", "" if is_rounded else ", int8=false") + ")"
+        target = PagedModel.load(drafts["ngram"], dtype="bfloat16")
+        wanted.clear()
+        if name == "small_model":
+            build(typed.drafter)
+        else:
+            system.engine(target, typed.engine)
+        assert wanted and set(wanted) == {is_rounded}
 
 
 def test_each_target_has_its_own_default_drafter() -> None:

@@ -30,6 +30,8 @@ HEADS: dict[str, dict[str, Any]] = {
     "eagle_3, own tokens": {"version": 3, "draft_vocab_size": 41},
     "eagle_3, normed residual": {"version": 3, "norm_before_residual": True, "attention_bias": True},
     "eagle_3, own embedding": {"version": 3, "has_own_embedding": True},
+    "eagle_1, rounded": {"version": 1, "int8": True},
+    "eagle_3, rounded": {"version": 3, "draft_vocab_size": 41, "int8": True},
 }
 POLICIES = {
     "wide": TopK(total=14, depth=4, k=3),
@@ -49,7 +51,8 @@ def make_target() -> PagedModel:
 
 def make_drafter(target: PagedModel, settings: dict[str, Any], seed: int = 1) -> EagleDrafter:
     torch.manual_seed(seed)
-    version, rest = settings["version"], {key: value for key, value in settings.items() if key != "version"}
+    rest = dict(settings)
+    version, int8 = rest.pop("version"), rest.pop("int8", False)
     head = EagleHead(eagle_config(target, version, **LAYER | rest))
     # Large weights: near-ties would be broken by rounding.
     for name, weight in head.named_parameters():
@@ -59,7 +62,7 @@ def make_drafter(target: PagedModel, settings: dict[str, Any], seed: int = 1) ->
             torch.nn.init.normal_(weight, std=0.5)
     if head.draft_to_target_R is not None:
         head.draft_to_target_R.copy_(torch.randperm(target.vocab_size)[: len(head.draft_to_target_R)].sort().values)
-    return EagleDrafter(head.eval())
+    return EagleDrafter(head.eval(), int8=int8)
 
 
 def first_of_equals(values: torch.Tensor, k: int) -> Any:
@@ -127,5 +130,5 @@ def test_texts_are_those_of_plain_decoding() -> None:
     for policy in (Sampled([2, 1]), chain(3)):
         engine = Engine(Verifier(target), drafter, policy)
         assert [one.token_ids for one in engine.generate(PROMPTS, params)] == plain
-    union = UnionDrafter([NGramDrafter(), make_drafter(target, HEADS["eagle_1"])])
+    union = UnionDrafter([NGramDrafter(), make_drafter(target, HEADS["eagle_1, rounded"])])
     assert [one.token_ids for one in Engine(Verifier(target), union, wide).generate(PROMPTS, params)] == plain

@@ -16,6 +16,7 @@ from specdec.decoder import FastDecoder, NotServed
 from specdec.decoder_check import check_decoder
 from specdec.drafters.growth import TopK
 from specdec.drafters.ngram import NGramDrafter
+from specdec.drafters.small_model import SmallModelDrafter
 from specdec.engine import Engine
 from specdec.kernels.cpu import BlockedWeight, DecoderStack, NotBuilt, can_run, library, path_attention
 from specdec.kernels.cpu.stack import last_queries
@@ -57,7 +58,7 @@ MODELS = {
 }
 
 
-def fused(name: str) -> tuple[PagedModel, PagedModel]:
+def fused(name: str, int8: bool = False) -> tuple[PagedModel, PagedModel]:
     """A model that runs in one call, and the same weights in float32."""
     architecture, settings = MODELS[name]
     exact = make_tiny(architecture=architecture, **settings)
@@ -66,7 +67,7 @@ def fused(name: str) -> tuple[PagedModel, PagedModel]:
     quick = make_tiny(architecture=architecture, **settings)
     quick.load_state_dict(exact.state_dict())
     model = PagedModel(quick.bfloat16())
-    model.pack()
+    model.pack(int8)
     return model, PagedModel(exact)
 
 
@@ -256,6 +257,54 @@ def test_products_are_those_of_float32(outputs: int, inputs: int, has_bias: bool
     for row in range(rows):
         assert torch.equal(packed.multiply(x[row : row + 1])[0], found[row])
     assert torch.equal(packed.multiply(x[None]), found[None])
+
+
+@pytest.mark.parametrize(
+    ("outputs", "inputs", "has_bias"), [(16, 32, False), (50, 96, True), (160, 576, False), (33, 41, True)]
+)
+@pytest.mark.parametrize("rows", [1, 5, 16, 33, 70])
+def test_products_of_rounded_weights_are_those_of_float32(outputs: int, inputs: int, has_bias: bool, rows: int) -> None:
+    generator = torch.Generator().manual_seed(rows)
+    weight, x = (torch.randn(size, inputs, generator=generator).bfloat16() for size in (outputs, rows))
+    # Outputs of very different size, and one of zeros alone.
+    weight *= torch.logspace(-3, 2, outputs)[:, None].bfloat16()
+    weight[outputs // 2] = 0
+    bias = torch.randn(outputs, generator=generator).bfloat16() if has_bias else None
+    room = BlockedWeight.room_for(outputs, inputs, int8=True)
+    assert 2 * room == BlockedWeight.room_for(outputs, inputs)
+    packed = BlockedWeight(weight, bias, Arena(room).take(room), int8=True)
+    scales_O = torch.where(weight.abs().amax(1) > 0, weight.abs().amax(1).double() / 127, 1.0)
+    rounded = (packed.plain().double() / scales_O[:, None]).round() * scales_O[:, None]
+    torch.testing.assert_close(packed.plain().double(), rounded, rtol=2**-8, atol=0)
+    # As near as whole numbers come.
+    assert bool(((rounded - weight.double()).abs() <= 0.5001 * scales_O[:, None]).all())
+    found = packed.multiply(x)
+    wanted = linear(x.double(), rounded, None if bias is None else bias.double())
+    error_RO = (found.double() - wanted).abs()
+    assert bool((error_RO <= 2**-8 * wanted.abs() + 1e-4 * inputs**0.5 * scales_O * 127).all())
+    for row in range(rows):
+        assert torch.equal(packed.multiply(x[row : row + 1])[0], found[row])
+
+
+def test_a_rounded_model_is_close_and_no_target() -> None:
+    model, _ = fused("llama with biases")
+    wanted = logits(model)
+    rough, _ = fused("llama with biases", int8=True)
+    assert rough.is_fused and rough.is_rounded and not model.is_rounded
+    found = logits(rough)
+    error = float((found - wanted).abs().mean() / wanted.std())
+    assert 1e-3 < error < 0.1
+    with pytest.raises(ValueError, match="int8=True, which is for draft models"):
+        Verifier(rough)
+    params = SamplingParams(max_new_tokens=20, ignore_eos=True, temperature=0.8, seed=1)
+    engine = Engine(Verifier(model), SmallModelDrafter(rough), TopK(total=8, depth=4, k=2))
+    drafted = engine.generate([[5, 6, 7] * 9, [8, 9] * 30], params)
+    plain = Engine(Verifier(model)).generate([[5, 6, 7] * 9, [8, 9] * 30], params)
+    assert [one.token_ids for one in drafted] == [one.token_ids for one in plain]
+    # Nearly the target itself: most of what it drafts stays.
+    assert sum(one.metrics.num_target_forwards for one in drafted) < 0.6 * sum(
+        one.metrics.num_target_forwards for one in plain
+    )
 
 
 @pytest.mark.parametrize("options", [{}, {"window": 5}, {"window": 3, "sinks_H": torch.linspace(-2, 3, 6)}], ids=str)

@@ -24,10 +24,12 @@ from specdec.verifiers.follow import Follow
 class Verifier:
     """Checks trees against a target under an acceptance rule (default: `follow`).
 
-    Raises ValueError for a lossy rule unless `allow_lossy`.
+    Raises ValueError for a lossy rule unless `allow_lossy`, and for a target whose weights were rounded to 8 bits.
     """
 
     def __init__(self, target: PagedModel, rule: AcceptanceRule | None = None, allow_lossy: bool = False) -> None:
+        if target.is_rounded:
+            raise ValueError(f"target {target.name} was loaded with int8=True, which is for draft models: leave it out")
         self.target, self.rule = target, rule if rule is not None else Follow()
         if not self.rule.lossless and not allow_lossy:
             raise ValueError(

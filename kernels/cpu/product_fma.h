@@ -16,21 +16,23 @@ struct Tiles {
 
 // So many rows stay near while the weights go by once.
 constexpr long CHUNK = 48;
-// Reading this many inputs ahead hides the memory's latency, behind a column's end too: all weights are read once per step, in
+// Reading this many inputs of bfloat16 ahead hides the memory's latency, behind a column's end too: all weights are read once per step, in
 // order. (One stream of them: four at once came at half the pace where it was measured.)
 constexpr long AHEAD = 256;
 
 // Rows lie as [pair of inputs][row]; their sums, which registers keep, go to [row][16 outputs].
-typedef void (*Multiply)(const RowPair* rows, const bf16* column, long inputs, float* sums);
+typedef void (*Multiply)(const RowPair* rows, const void* column, long inputs, float* sums);
 
-template <long NUM_ROWS>
-static void multiply(const RowPair* rows, const bf16* column, long inputs, float* sums) {
+template <typename Number, long NUM_ROWS>
+static void multiply(const RowPair* rows, const void* from, long inputs, float* sums) {
+  constexpr long ahead = AHEAD * sizeof(bf16) / sizeof(Number);
+  const Number* column = (const Number*)from;
   Floats kept[NUM_ROWS];
 #pragma GCC unroll 24
   for (long r = 0; r < NUM_ROWS; ++r) kept[r] = all(0.0f);
   for (long k = 0; k < inputs; k += 2, rows += NUM_ROWS) {
     const Pairs weights = load_pairs(column + k * ROWS);
-    _mm_prefetch(column + (k + AHEAD) * ROWS, _MM_HINT_T0);
+    _mm_prefetch(column + (k + ahead) * ROWS, _MM_HINT_T0);
 #pragma GCC unroll 24
     for (long r = 0; r < NUM_ROWS; ++r) kept[r] = plus_products(kept[r], weights, rows[r]);
   }
@@ -38,9 +40,9 @@ static void multiply(const RowPair* rows, const bf16* column, long inputs, float
   for (long r = 0; r < NUM_ROWS; ++r) store_floats(sums + r * ROWS, kept[r]);
 }
 
-template <long... ROWS_LESS_ONE>
+template <typename Number, long... ROWS_LESS_ONE>
 static Multiply multiply_for(long num_rows, std::integer_sequence<long, ROWS_LESS_ONE...>) {
-  static constexpr Multiply of[] = {multiply<ROWS_LESS_ONE + 1>...};
+  static constexpr Multiply of[] = {multiply<Number, ROWS_LESS_ONE + 1>...};
   return of[num_rows - 1];
 }
 
@@ -79,12 +81,13 @@ class PairedRows {
     }
   }
 
-  // Sums of all rows with a column of the weight: [row][16].
-  void multiply_by(const bf16* column, float* sums) const {
+  // Sums of all rows with a block of 16 outputs of the weight: [row][16].
+  void multiply_by(const Weight& weight, long block, float* sums) const {
+    constexpr auto sizes = std::make_integer_sequence<long, SUMS>();
     for (long group = 0; group < groups_; ++group) {
       const long first = first_of(group), size = first_of(group + 1) - first;
-      const Multiply multiply = multiply_for(size, std::make_integer_sequence<long, SUMS>());
-      multiply(at_ + first * inputs_ / 2, column, inputs_, sums + first * ROWS);
+      const Multiply multiply = weight.scales ? multiply_for<int8_t>(size, sizes) : multiply_for<bf16>(size, sizes);
+      multiply(at_ + first * inputs_ / 2, weight.column(block), inputs_, sums + first * ROWS);
     }
   }
 
@@ -111,14 +114,14 @@ static inline void each_chunk(const bf16* rows, long count, long inputs, long co
   }
 }
 
-// This thread's part of rows x weight; done(row, block of 16 outputs, sums with bias).
+// This thread's part of rows x weight; done(row, block of 16 outputs, their values).
 template <typename Done>
 static inline void product(const bf16* rows, long count, const Weight& weight, Done done) {
   alignas(64) float sums[CHUNK * ROWS];
   each_chunk(rows, count, weight.inputs, weight.num_columns(), [&](long at, long some, const PairedRows& paired, long block) {
-    paired.multiply_by(weight.column(block), sums);
-    const Floats bias = weight.added(block);
-    for (long r = 0; r < some; ++r) done(at + r, block, load_floats(sums + r * ROWS) + bias);
+    paired.multiply_by(weight, block, sums);
+    const Ending ending = weight.ending(block);
+    for (long r = 0; r < some; ++r) done(at + r, block, ending.of(load_floats(sums + r * ROWS)));
   });
 }
 
@@ -128,10 +131,10 @@ static inline void product_of_halves(const bf16* rows, long count, const Weight&
   alignas(64) float sums[2][CHUNK * ROWS];
   const long half = weight.num_columns() / 2;
   each_chunk(rows, count, weight.inputs, half, [&](long at, long some, const PairedRows& paired, long block) {
-    paired.multiply_by(weight.column(block), sums[0]);
-    paired.multiply_by(weight.column(block + half), sums[1]);
-    const Floats first = weight.added(block), second = weight.added(block + half);
+    paired.multiply_by(weight, block, sums[0]);
+    paired.multiply_by(weight, block + half, sums[1]);
+    const Ending first = weight.ending(block), second = weight.ending(block + half);
     for (long r = 0; r < some; ++r)
-      done(at + r, block, load_floats(sums[0] + r * ROWS) + first, load_floats(sums[1] + r * ROWS) + second);
+      done(at + r, block, first.of(load_floats(sums[0] + r * ROWS)), second.of(load_floats(sums[1] + r * ROWS)));
   });
 }

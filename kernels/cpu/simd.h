@@ -40,6 +40,7 @@ static inline Pairs load_pairs(const bf16* from) {
   load_pairs(from, pairs.even, pairs.odd);
   return pairs;
 }
+static inline Pairs load_pairs(const int8_t* from) { return {load_floats(from), load_floats(from + 16)}; }
 static inline float widened(bf16 x) {
   const uint32_t bits = (uint32_t)x << 16;
   float wide;

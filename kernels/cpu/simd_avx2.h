@@ -7,6 +7,12 @@ struct Floats {
 
 static inline Floats all(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
 static inline Floats load_floats(const float* from) { return {_mm256_loadu_ps(from), _mm256_loadu_ps(from + 8)}; }
+// 16 whole numbers.
+static inline Floats load_floats(const int8_t* from) {
+  const __m256i low = _mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)from));
+  const __m256i high = _mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)(from + 8)));
+  return {_mm256_cvtepi32_ps(low), _mm256_cvtepi32_ps(high)};
+}
 static inline void store_floats(float* to, Floats x) {
   _mm256_storeu_ps(to, x.low);
   _mm256_storeu_ps(to + 8, x.high);

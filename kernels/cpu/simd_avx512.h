@@ -48,6 +48,11 @@ static inline void load_pairs(const bf16* from, Floats& even, Floats& odd) {
   odd = _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(0xffff0000)));
 }
 
+// 16 whole numbers.
+static inline Floats load_floats(const int8_t* from) {
+  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)from)));
+}
+
 // The reverse, rounded.
 static inline void store_pairs(bf16* to, Floats even, Floats odd) {
   const __m512i low = _mm512_cvtepu16_epi32(narrowed(even)), high = _mm512_cvtepu16_epi32(narrowed(odd));
@@ -60,6 +65,11 @@ typedef __m512i Pairs;
 typedef uint32_t RowPair;
 
 static inline Pairs load_pairs(const bf16* from) { return _mm512_loadu_si512(from); }
+// Whole numbers of 8 bits are bfloat16 as they are: the lower halves of their floats are zeros.
+static inline Pairs load_pairs(const int8_t* from) {
+  const __m512i even = _mm512_castps_si512(load_floats(from)), odd = _mm512_castps_si512(load_floats(from + 16));
+  return _mm512_or_si512(_mm512_srli_epi32(even, 16), odd);
+}
 static inline RowPair row_pair(const bf16* from) {
   RowPair pair;
   std::memcpy(&pair, from, sizeof pair);

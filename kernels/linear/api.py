@@ -35,13 +35,14 @@ def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
     return can_run() or torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
-def room_for(outputs: int, inputs: int) -> int:
+def room_for(outputs: int, inputs: int, int8: bool = False) -> int:
     """Numbers that `pack` takes of the arena for a weight of this shape."""
-    return BlockedWeight.room_for(outputs, inputs) if can_run() else 0
+    return BlockedWeight.room_for(outputs, inputs, int8) if can_run() else 0
 
 
-def pack(weight_OI: Tensor, bias_O: Tensor | None, arena: Arena) -> PackedWeight:
-    """Our own blocks where the CPU has kernels for them, else oneDNN's layout."""
+def pack(weight_OI: Tensor, bias_O: Tensor | None, arena: Arena, int8: bool = False) -> PackedWeight:
+    """Our own blocks where the CPU has kernels for them, in 8 bits where wanted, else oneDNN's layout of bfloat16."""
     if can_run():
-        return BlockedWeight(weight_OI, bias_O, arena.take(room_for(*weight_OI.shape)))
+        outputs, inputs = weight_OI.shape
+        return BlockedWeight(weight_OI, bias_O, arena.take(room_for(outputs, inputs, int8)), int8)
     return OneDnnWeight(weight_OI, bias_O)

@@ -117,6 +117,7 @@ class SmallModelConfig(DrafterConfig):
     gguf_file: str | None = None
     dtype: str = "auto"
     device: str = "auto"
+    int8: bool = MISSING
     policy: PolicyConfig | None = field(default_factory=PolicyConfig)
 
 
@@ -130,6 +131,7 @@ class MedusaDrafterConfig(DrafterConfig):
     path: str | None = None
     draft_vocab_size: int | None = None
     token_frequencies: str | None = None
+    int8: bool = MISSING
     policy: PolicyConfig | None = field(default_factory=PolicyConfig)
 
 

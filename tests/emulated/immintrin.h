@@ -109,6 +109,14 @@ static inline __m512i plus(__m512i a, __m512i b) { return as<__m512i>(as<u32>(a)
 static inline __m512i wide(__m256i x) {
   return as<__m512i>(made<u32>([&](int i) { return as<half_u16>(x)[i]; }));
 }
+static inline __m512i signed_wide(__m128i x) {
+  int8_t bytes[16];
+  write(bytes, x);
+  return as<__m512i>(made<i32>([&](int i) { return bytes[i]; }));
+}
+static inline __m512 to_floats(__m512i x) {
+  return made<f32>([&](int i) { return (float)as<i32>(x)[i]; });
+}
 static inline __m256i narrow(__m512i x) {
   return as<__m256i>(made<half_u16>([&](int i) { return (uint16_t)as<u32>(x)[i]; }));
 }
@@ -186,6 +194,8 @@ static inline __m512i permute16(__m512i a, __m512i which, __m512i b) {
 #define _mm512_or_si512(a, b) ((a) | (b))
 #define _mm512_slli_epi32 emulated::left
 #define _mm512_srli_epi32 emulated::right
+#define _mm512_cvtepi8_epi32 emulated::signed_wide
+#define _mm512_cvtepi32_ps emulated::to_floats
 #define _mm512_cvtepu16_epi32 emulated::wide
 #define _mm512_cvtepi32_epi16 emulated::narrow
 #define _mm512_unpacklo_epi32(a, b) emulated::unpack32(a, b, 0)
