@@ -19,15 +19,16 @@ from specdec.drafters.heads.formats import load_head, save_head
 from specdec.drafters.heads.formats.description import Options
 from specdec.drafters.heads.formats.files import describe
 from specdec.drafters.heads.frequencies import FILE, read_frequencies, save_frequencies
-from specdec.drafters.training.initial import with_vocabulary
+from specdec.drafters.training.initial import widened, with_vocabulary
 
 
 def averaged(first: EagleHead, second: EagleHead, share: float = 0.5) -> EagleHead:
     """The head whose weights are `share` times the second's and the rest the first's; of tokens that the first does not know
-    the second's alone. Raises ValueError for a share out of (0, 1), and for heads that differ in more than that vocabulary."""
+    the second's alone. The second may also be wider inside. Raises ValueError for a share out of (0, 1), and for heads that
+    differ in more."""
     if not 0 < share < 1:
         raise ValueError(f"share={share} must lie between 0 and 1")
-    first = with_vocabulary(first, second)
+    first = widened(with_vocabulary(first, second), second)
     if first.config != second.config:
         raise ValueError(f"heads of different shapes cannot be averaged: {first.config} and {second.config}")
     head, one, other = copy.deepcopy(second), first.state_dict(), second.state_dict()

@@ -22,7 +22,7 @@ from specdec.config import (
 from specdec.drafters.heads import EagleHead
 from specdec.drafters.heads.formats import Head, load_head
 from specdec.drafters.heads.frequencies import FILE, read_frequencies
-from specdec.drafters.training.initial import new_eagle, new_medusa, with_vocabulary
+from specdec.drafters.training.initial import new_eagle, new_medusa, widened, with_vocabulary
 from specdec.drafters.training.joint import MedusaJointObjective
 from specdec.drafters.training.objectives import Eagle1Objective, Eagle3Objective, MedusaObjective, Objective
 from specdec.drafters.training.params import TrainingParams
@@ -99,7 +99,10 @@ def _begin(head: Head, initial: str | None, target: TrainingTarget) -> None:
 
 
 def _take_over(head: Head, given: Head, initial: str) -> None:
-    """Takes over the weights and the draft vocabulary of `given`. Raises ValueError where its shape is not the head's."""
+    """Takes over the weights and the draft vocabulary of `given`. Raises ValueError where its shape is not the head's, unless it
+    is merely narrower inside."""
+    if isinstance(head, EagleHead) and isinstance(given, EagleHead):
+        given = widened(given, head)
     if given.config != head.config:
         raise ValueError(f"head.initial={initial} is {given.config}, and the head to be trained is {head.config}")
     head.load_state_dict(given.state_dict())

@@ -50,6 +50,19 @@ def test_rows_go_with_their_tokens() -> None:
     assert torch.equal(first.fc.weight, one["fc.weight"]) and not torch.equal(head.fc.weight, second.fc.weight)
 
 
+def test_a_wider_head_meets_what_it_began_as() -> None:
+    first, second = make_head(0, [1, 4, 9]), make_head(1, [1, 4, 9], intermediate_size=20)
+    head = averaged(first, second)
+    one, other = first.midlayer.mlp, second.midlayer.mlp
+    torch.testing.assert_close(
+        head.midlayer.mlp.up_proj.weight[:12], (one.up_proj.weight + other.up_proj.weight[:12]) / 2
+    )
+    torch.testing.assert_close(head.midlayer.mlp.up_proj.weight[12:], other.up_proj.weight[12:])
+    torch.testing.assert_close(head.midlayer.mlp.down_proj.weight[:, 12:], other.down_proj.weight[:, 12:] / 2)
+    with pytest.raises(ValueError, match="heads of different shapes"):
+        averaged(second, first)
+
+
 def test_a_command_writes_it_with_what_lies_beside(tmp_path: Path) -> None:
     first, second = make_head(0, [1, 4, 9]), make_head(1, [1, 5, 9, 13])
     save_head(first.bfloat16(), tmp_path / "first", base_model="target")
@@ -69,7 +82,7 @@ def test_what_cannot_be_averaged_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="share=1"):
         averaged(head, head, 1)
     with pytest.raises(ValueError, match="different shapes"):
-        averaged(head, make_head(1, [1, 4, 9], intermediate_size=16))
+        averaged(head, make_head(1, [1, 4, 9], intermediate_size=8))
     save_head(MedusaHeads(MedusaConfig(8, 20, 2, has_own_lm_head=False)), tmp_path / "medusa")
     save_head(head, tmp_path / "eagle")
     words = [str(tmp_path / name) for name in ("eagle", "medusa", "out")]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -124,6 +125,32 @@ def test_training_goes_on_from_a_head(kind: str, train) -> None:
     first = load_head("run/best").state_dict()
     for name, tensor in load_head("onward/best").state_dict().items():
         assert torch.allclose(tensor.float(), first[name].float(), atol=1e-5), name
+
+
+@pytest.mark.parametrize("kind", ["eagle1", "eagle3"])
+def test_a_wider_head_begins_as_the_narrower_one(kind: str, train) -> None:
+    train(f"head={kind}", *EXTRA[kind])
+    narrow = load_head("run/best")
+    size = narrow.config.intermediate_size + 24
+    words = (f"head={kind}", *EXTRA[kind], "head.initial=run/best", f"head.intermediate_size={size}")
+    still = ("training.learning_rate=1e-9", "training.num_steps=1", "eval_prompts=0")
+    status, said, _ = train(*words, "folder=onward", "output=run/rows.jsonl", *still)
+    assert status == 0, said
+    wide = load_head("onward/best")
+    assert wide.config == replace(narrow.config, intermediate_size=size)
+    torch.manual_seed(0)
+    embeddings, features = torch.randn(2, 5, narrow.config.hidden_size)
+    states = [head(embeddings, features, torch.arange(5), lambda q, k, v: q) for head in (narrow, wide)]
+    torch.testing.assert_close(*states, rtol=1e-4, atol=1e-4)
+    # Units are added that read, so that they can learn.
+    layer = wide.midlayer if kind == "eagle3" else wide.layers[0]
+    assert float(layer.mlp.up_proj.weight[-24:].detach().std()) > 1e-3
+    assert float(layer.mlp.down_proj.weight[:, -24:].detach().abs().max()) < 1e-6
+    # A narrower one is another head.
+    status, said, _ = train(
+        f"head={kind}", *EXTRA[kind], "head.initial=onward/best", "folder=back", "output=run/rows.jsonl", *still
+    )
+    assert status == 2 and "head.initial=onward/best" in said and said.strip().count("\n") == 0
 
 
 def test_held_out_prompts_come_from_all_folders(data: str) -> None:

@@ -98,6 +98,24 @@ def with_vocabulary(given: EagleHead, new: EagleHead) -> EagleHead:
     return head
 
 
+def widened(given: EagleHead, new: EagleHead) -> EagleHead:
+    """`given` with the larger intermediate size of `new`: it computes what it computed, for what the added units say, which are
+    those of `new`, counts nothing yet. Where the two differ in more, or `new` is not the wider one, `given` stays as it is."""
+    old, size = given.config.intermediate_size, new.config.intermediate_size
+    if old >= size or replace(given.config, intermediate_size=size) != new.config:
+        return given
+    state = given.state_dict()
+    for name, weight in new.state_dict().items():
+        if weight.shape != state[name].shape:
+            reads_units = name.endswith("down_proj.weight")
+            wide = torch.zeros_like(weight) if reads_units else weight.clone()
+            wide.narrow(1 if reads_units else 0, 0, old).copy_(state[name])
+            state[name] = wide
+    head = copy.deepcopy(new)
+    head.load_state_dict(state)
+    return head
+
+
 def _ids(head: EagleHead) -> Tensor:
     """The target's ids [R] of the tokens that it drafts from."""
     ids_R = head.draft_to_target_R
