@@ -99,8 +99,8 @@ def _begin(head: Head, initial: str | None, target: TrainingTarget) -> None:
 
 
 def _take_over(head: Head, given: Head, initial: str) -> None:
-    """Takes over the weights and the draft vocabulary of `given`. Raises ValueError where its shape is not the head's, unless it
-    is merely narrower inside."""
+    """Takes over weights and draft vocabulary of `given`, which may be narrower inside. Raises ValueError where it is of
+    another shape than that."""
     if isinstance(head, EagleHead) and isinstance(given, EagleHead):
         given = widened(given, head)
     if given.config != head.config:
