@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -35,7 +36,8 @@ SAMPLING = {
 @pytest.fixture(scope="module", autouse=True)
 def threads() -> Iterator[None]:
     before = torch.get_num_threads()
-    torch.set_num_threads(2)
+    # Beside other workers of one run a second thread waits more than it helps.
+    torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
     yield
     torch.set_num_threads(before)
 

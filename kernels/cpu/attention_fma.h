@@ -4,6 +4,7 @@
 #include <type_traits>
 
 #include "sequence.h"
+#include "transpose.h"
 
 // 32 numbers, or the `count` that are left of a head, zeros behind them.
 static inline void load_pairs(const bf16* from, long count, Floats& even, Floats& odd) {
@@ -89,29 +90,45 @@ class BlockByFma : BlockOfRows {
     return cache + (path_[position] * heads_.num_groups + group_) * heads_.size;
   }
 
+  // Scores of the keys at some positions, 16 of them side by side in a vector: each is a sum for itself.
   void score(const bf16* keys, long row, long rows, long from, long to) {
-    in_pieces<SUMS < 12 ? 4 : 8>(row, rows, [&](long first, auto number) {
-      constexpr long NUM = decltype(number)::value;
-      const long size = padded_;
-      for (long p = from; p < to; ++p) {
-        const bf16* key = at(keys, p);
-        Floats kept[NUM];
-#pragma GCC unroll 16
-        for (long r = 0; r < NUM; ++r) kept[r] = all(0.0f);
-        for (long e = 0; e < size; e += 32) {
-          Floats even, odd;
-          load_pairs(key + e, heads_.size - e, even, odd);
-          const float* query = queries_ + first * size + e;
-#pragma GCC unroll 16
-          for (long r = 0; r < NUM; ++r) {
-            kept[r] = plus_product(kept[r], even, load_floats(query + r * size));
-            kept[r] = plus_product(kept[r], odd, load_floats(query + r * size + 16));
+    static thread_local Scratch columns_memory;
+    float* columns = (float*)columns_memory.get(padded_ * 16 * sizeof(float));
+    for (long p = from; p < to; p += 16) {
+      const long count = to - p < 16 ? to - p : 16;
+      for (long e = 0; e < padded_; e += 32) load_keys(keys, p, count, e, columns + e * 16);
+      in_pieces<SUMS < 12 ? 2 : 8>(row, rows, [&](long first, auto number) {
+        constexpr long NUM = decltype(number)::value;
+        Floats even[NUM], odd[NUM];
+#pragma GCC unroll 8
+        for (long r = 0; r < NUM; ++r) even[r] = odd[r] = all(0.0f);
+        for (long e = 0; e < padded_; e += 32) {
+          const float *query = queries_ + first * padded_ + e, *key = columns + e * 16;
+          for (long i = 0; i < 16; ++i) {
+            const Floats a = load_floats(key + i * 16), b = load_floats(key + (16 + i) * 16);
+#pragma GCC unroll 8
+            for (long r = 0; r < NUM; ++r) {
+              even[r] = plus_product(even[r], a, all(query[r * padded_ + i]));
+              odd[r] = plus_product(odd[r], b, all(query[r * padded_ + 16 + i]));
+            }
           }
         }
-#pragma GCC unroll 16
-        for (long r = 0; r < NUM; ++r) scores_[(first + r) * width_ + p] = sum(kept[r]) * heads_.scaling;
-      }
-    });
+#pragma GCC unroll 8
+        for (long r = 0; r < NUM; ++r) {
+          alignas(64) float some[16];
+          store_floats(some, (even[r] + odd[r]) * all(heads_.scaling));
+          std::memcpy(scores_ + (first + r) * width_ + p, some, count * sizeof(float));
+        }
+      });
+    }
+  }
+
+  // 32 components of `count` keys, as `load_columns` lays them.
+  void load_keys(const bf16* keys, long position, long count, long e, float* to) const {
+    if (heads_.size - e >= 32) return load_columns(count, [&](long i) { return at(keys, position + i) + e; }, to);
+    alignas(64) bf16 some[16][32] = {};
+    for (long i = 0; i < count; ++i) std::memcpy(some[i], at(keys, position + i) + e, (heads_.size - e) * sizeof(bf16));
+    load_columns(count, [&](long i) { return some[i]; }, to);
   }
 
   // Scores to weights before they are divided by their sum, which it returns.
@@ -133,36 +150,48 @@ class BlockByFma : BlockOfRows {
     return sum(sums) + (heads_.sinks ? std::exp(sink - most) : 0.0f);
   }
 
-  // Adds the values at some positions to what the rows have.
+  // Adds the values at some positions to what the rows have, a few of them at a time, widened once for all rows.
   void gather(const bf16* values, long row, long rows, long from, long to) {
-    in_pieces<SUMS < 12 ? 2 : 8>(row, rows, [&](long first, auto number) {
-      constexpr long NUM = decltype(number)::value;
-      for (long e = 0; e < heads_.size; e += 32) {
-        float* results = results_ + first * padded_ + e;
-        Floats even[NUM], odd[NUM];
-#pragma GCC unroll 8
-        for (long r = 0; r < NUM; ++r) {
-          even[r] = load_floats(results + r * padded_);
-          odd[r] = load_floats(results + r * padded_ + 16);
+    constexpr long NEAR = 32;
+    static thread_local Scratch near_memory;
+    float* near = (float*)near_memory.get(NEAR * padded_ * sizeof(float));
+    for (long p = from; p < to; p += NEAR) {
+      const long count = to - p < NEAR ? to - p : NEAR;
+      for (long i = 0; i < count; ++i)
+        for (long e = 0; e < padded_; e += 32) {
+          Floats even, odd;
+          load_pairs(at(values, p + i) + e, heads_.size - e, even, odd);
+          store_floats(near + i * padded_ + e, even);
+          store_floats(near + i * padded_ + e + 16, odd);
         }
-        const float* weights = scores_ + first * width_;
-        for (long p = from; p < to; ++p) {
-          Floats a, b;
-          load_pairs(at(values, p) + e, heads_.size - e, a, b);
+      in_pieces<SUMS < 12 ? 2 : 8>(row, rows, [&](long first, auto number) {
+        constexpr long NUM = decltype(number)::value;
+        for (long e = 0; e < padded_; e += 32) {
+          const float *weights = scores_ + first * width_ + p, *some = near + e;
+          float* results = results_ + first * padded_ + e;
+          Floats even[NUM], odd[NUM];
 #pragma GCC unroll 8
           for (long r = 0; r < NUM; ++r) {
-            const Floats weight = all(weights[r * width_ + p]);
-            even[r] = plus_product(even[r], a, weight);
-            odd[r] = plus_product(odd[r], b, weight);
+            even[r] = load_floats(results + r * padded_);
+            odd[r] = load_floats(results + r * padded_ + 16);
+          }
+          for (long i = 0; i < count; ++i, some += padded_) {
+            const Floats a = load_floats(some), b = load_floats(some + 16);
+#pragma GCC unroll 8
+            for (long r = 0; r < NUM; ++r) {
+              const Floats weight = all(weights[r * width_ + i]);
+              even[r] = plus_product(even[r], a, weight);
+              odd[r] = plus_product(odd[r], b, weight);
+            }
+          }
+#pragma GCC unroll 8
+          for (long r = 0; r < NUM; ++r) {
+            store_floats(results + r * padded_, even[r]);
+            store_floats(results + r * padded_ + 16, odd[r]);
           }
         }
-#pragma GCC unroll 8
-        for (long r = 0; r < NUM; ++r) {
-          store_floats(results + r * padded_, even[r]);
-          store_floats(results + r * padded_ + 16, odd[r]);
-        }
-      }
-    });
+      });
+    }
   }
 
   // Positions before the tree; scores of a row, and numbers of a head, up to a multiple of 16 and 32.
