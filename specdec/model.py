@@ -17,6 +17,7 @@ from specdec.attention import ATTENTION_NAME, TreeContext, UnsupportedModelError
 from specdec.decoder import FastDecoder, NotServed
 from specdec.int_tensor import int_tensor
 from specdec.interfaces import ForwardResult
+from specdec.kernels.cpu import can_run
 from specdec.kernels.tree_attention import AttentionPlan, SequencePlan
 from specdec.kv_cache import KVCache
 from specdec.packing import can_pack, pack_linears, set_invariant
@@ -91,12 +92,12 @@ class PagedModel:
 
         The plain weights are gone afterwards: the model can run, not be saved or moved. Models built as Llama is then run all
         their layers in one call, where the CPU has kernels for it. `int8` rounds the weights to 8 bits there: a draft model may
-        be rounded, a target not. Raises UnsupportedModelError where the model reads a weight
-        that is no longer there.
+        be rounded, a target not. Raises UnsupportedModelError where the model reads a weight that is no longer there.
         """
         if can_pack(self.device, self.dtype):
             pack_linears(self.model, self._measure, int8)
-            self.is_rounded = int8
+            # oneDNN's layout is of bfloat16 alone.
+            self.is_rounded = int8 and can_run()
             self._measure()
             with suppress(NotServed):
                 self._decoder = FastDecoder(self.model, self.layer_options)

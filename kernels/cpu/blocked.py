@@ -40,7 +40,7 @@ class BlockedWeight:
         shape = outputs // OUTPUTS, inputs // INPUTS, INPUTS // 2
         self._scales_O: Tensor | None = None
         if int8:
-            self._scales_O = int8_scales(weight_OI)
+            self._scales_O = _int8_scales(weight_OI)
             weight_OI = (weight_OI.float() / self._scales_O[:, None]).round()
             # A pair's first input for all outputs, then its second.
             self._blocks = room.view(torch.int8).view(*shape, 2, OUTPUTS).transpose(3, 4)
@@ -85,7 +85,7 @@ class BlockedWeight:
         """Changes nothing: it always is."""
 
 
-def int8_scales(weight_OI: Tensor) -> Tensor:
+def _int8_scales(weight_OI: Tensor) -> Tensor:
     """Per output [O] in float32 what 1 stands for, where its largest weight is to be 127."""
     largest_O = weight_OI.abs().amax(1).float()
     return torch.where(largest_O > 0, largest_O / 127, 1.0)
