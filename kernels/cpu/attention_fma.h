@@ -46,7 +46,7 @@ class BlockByFma : BlockOfRows {
         store_floats(queries_ + r * padded_ + e + 16, odd);
       }
     for (long p = 0; p < shared_; ++p) path_[p] = sequence_.slot(p);
-    each_piece([&](long row, long rows, long from, long to) { score(keys, row, rows, from, to); });
+    score_all(keys);
     float sums[ROWS];
     for (long r = 0; r < count_; ++r) sums[r] = exponentiate(r);
     std::memset(results_, 0, count_ * padded_ * sizeof(float));
@@ -90,20 +90,35 @@ class BlockByFma : BlockOfRows {
     return cache + (path_[position] * heads_.num_groups + group_) * heads_.size;
   }
 
-  // Scores of the keys at some positions, 16 of them side by side in a vector: each is a sum for itself.
-  void score(const bf16* keys, long row, long rows, long from, long to) {
+  // Scores [row][position] of each row's own path.
+  void score_all(const bf16* keys) {
+    score(keys, 0, shared_, scores_, width_);
+    if (!sequence_.tail_mask) return;
+    const long tail = sequence_.num_keys - shared_, width = (tail + 15) / 16 * 16;
+    static thread_local Scratch tail_memory;
+    float* of_tail = (float*)tail_memory.get(count_ * width * sizeof(float));
+    score(keys, shared_, tail, of_tail, width);
+    for (long r = 0; r < count_; ++r) {
+      const uint8_t* sees = sequence_.tail_mask + query_of(r) * tail;
+      long p = shared_;
+      for (long m = 0; m < tail; ++m)
+        if (sees[m]) scores_[r * width_ + p++] = of_tail[r * width + m];
+    }
+  }
+
+  // Scores of `count` keys from `first` on, to [row][key], 16 keys side by side in a vector: each is a sum for itself.
+  void score(const bf16* keys, long first, long count, float* to, long width) {
     static thread_local Scratch columns_memory;
     float* columns = (float*)columns_memory.get(padded_ * 16 * sizeof(float));
-    for (long p = from; p < to; p += 16) {
-      const long count = to - p < 16 ? to - p : 16;
-      for (long e = 0; e < padded_; e += 32) load_keys(keys, p, count, e, columns + e * 16);
-      in_pieces<SUMS < 12 ? 2 : 8>(row, rows, [&](long first, auto number) {
+    for (long k = 0; k < count; k += 16) {
+      for (long e = 0; e < padded_; e += 32) load_keys(keys, first + k, count - k < 16 ? count - k : 16, e, columns + e * 16);
+      in_pieces<SUMS < 12 ? 2 : 8>(0, count_, [&](long row, auto number) {
         constexpr long NUM = decltype(number)::value;
         Floats even[NUM], odd[NUM];
 #pragma GCC unroll 8
         for (long r = 0; r < NUM; ++r) even[r] = odd[r] = all(0.0f);
         for (long e = 0; e < padded_; e += 32) {
-          const float *query = queries_ + first * padded_ + e, *key = columns + e * 16;
+          const float *query = queries_ + row * padded_ + e, *key = columns + e * 16;
           for (long i = 0; i < 16; ++i) {
             const Floats a = load_floats(key + i * 16), b = load_floats(key + (16 + i) * 16);
 #pragma GCC unroll 8
@@ -114,20 +129,20 @@ class BlockByFma : BlockOfRows {
           }
         }
 #pragma GCC unroll 8
-        for (long r = 0; r < NUM; ++r) {
-          alignas(64) float some[16];
-          store_floats(some, (even[r] + odd[r]) * all(heads_.scaling));
-          std::memcpy(scores_ + (first + r) * width_ + p, some, count * sizeof(float));
-        }
+        for (long r = 0; r < NUM; ++r)
+          store_floats(to + (row + r) * width + k, (even[r] + odd[r]) * all(heads_.scaling));
       });
     }
   }
 
   // 32 components of `count` keys, as `load_columns` lays them.
-  void load_keys(const bf16* keys, long position, long count, long e, float* to) const {
-    if (heads_.size - e >= 32) return load_columns(count, [&](long i) { return at(keys, position + i) + e; }, to);
+  void load_keys(const bf16* keys, long key, long count, long e, float* to) const {
+    const auto from = [&](long i) {
+      return keys + (sequence_.slot(key + i) * heads_.num_groups + group_) * heads_.size + e;
+    };
+    if (heads_.size - e >= 32) return load_columns(count, from, to);
     alignas(64) bf16 some[16][32] = {};
-    for (long i = 0; i < count; ++i) std::memcpy(some[i], at(keys, position + i) + e, (heads_.size - e) * sizeof(bf16));
+    for (long i = 0; i < count; ++i) std::memcpy(some[i], from(i), (heads_.size - e) * sizeof(bf16));
     load_columns(count, [&](long i) { return some[i]; }, to);
   }
 
