@@ -86,15 +86,14 @@ static inline __m256i narrowed(Floats x) {
   return _mm256_permute4x64_epi64(_mm256_packus_epi32(low, high), 0xd8);
 }
 
-static inline void load_pairs(const bf16* from, __m256& even, __m256& odd) {
-  const __m256i pairs = _mm256_loadu_si256((const __m256i*)from);
+static inline void split_pairs(__m256i pairs, __m256& even, __m256& odd) {
   even = _mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16));
   odd = _mm256_castsi256_ps(_mm256_and_si256(pairs, _mm256_set1_epi32(0xffff0000)));
 }
 // Of 32 numbers in a row those at even and those at odd places.
 static inline void load_pairs(const bf16* from, Floats& even, Floats& odd) {
-  load_pairs(from, even.low, odd.low);
-  load_pairs(from + 16, even.high, odd.high);
+  split_pairs(_mm256_loadu_si256((const __m256i*)from), even.low, odd.low);
+  split_pairs(_mm256_loadu_si256((const __m256i*)(from + 16)), even.high, odd.high);
 }
 
 static inline void store_pairs(bf16* to, __m256 even, __m256 odd) {

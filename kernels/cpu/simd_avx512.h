@@ -42,10 +42,12 @@ static inline __m256i narrowed(Floats x) {
 }
 
 // Of 32 numbers in a row those at even and those at odd places.
-static inline void load_pairs(const bf16* from, Floats& even, Floats& odd) {
-  const __m512i pairs = _mm512_loadu_si512(from);
+static inline void split_pairs(__m512i pairs, Floats& even, Floats& odd) {
   even = _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16));
   odd = _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(0xffff0000)));
+}
+static inline void load_pairs(const bf16* from, Floats& even, Floats& odd) {
+  split_pairs(_mm512_loadu_si512(from), even, odd);
 }
 
 // 16 whole numbers.

@@ -43,8 +43,10 @@ static inline void load_columns(long count, At at, float* to) {
   __m512i columns[16];
   load_columns(count, at, columns);
   for (long i = 0; i < 16; ++i) {
-    store_floats(to + i * 16, _mm512_castsi512_ps(_mm512_slli_epi32(columns[i], 16)));
-    store_floats(to + (16 + i) * 16, _mm512_castsi512_ps(_mm512_and_si512(columns[i], _mm512_set1_epi32(0xffff0000))));
+    Floats even, odd;
+    split_pairs(columns[i], even, odd);
+    store_floats(to + i * 16, even);
+    store_floats(to + (16 + i) * 16, odd);
   }
 }
 #else
@@ -80,8 +82,10 @@ static inline void load_columns(long count, At at, float* to) {
       transpose(v);
       for (long i = 0; i < 8; ++i) {
         float* place = to + (from + i) * 16 + half;
-        _mm256_storeu_ps(place, _mm256_castsi256_ps(_mm256_slli_epi32(v[i], 16)));
-        _mm256_storeu_ps(place + 256, _mm256_castsi256_ps(_mm256_and_si256(v[i], _mm256_set1_epi32(0xffff0000))));
+        __m256 even, odd;
+        split_pairs(v[i], even, odd);
+        _mm256_storeu_ps(place, even);
+        _mm256_storeu_ps(place + 256, odd);
       }
     }
 }
