@@ -27,7 +27,7 @@ test: lint typecheck  ## everything that must pass before a commit
 	$(BIN)/pytest -q -n logical --dist loadfile
 
 soak: $(STAMP)  ## ten thousand requests through small engines that are short of pages
-	SPECDEC_SOAK=1 $(BIN)/pytest -q tests/test_traffic.py -k long_soak
+	SPECDEC_SOAK=$${SPECDEC_SOAK:-1} $(BIN)/pytest -q tests/test_traffic.py -k long_soak
 
 lint: $(STAMP)  ## check style and formatting
 	$(BIN)/ruff check

@@ -88,10 +88,10 @@ class StepTimes:
 class EngineMetrics:
     """What an engine has done since it was made.
 
-    `num_prompt_tokens` counts each prompt once, when it is first run; `num_prefix_tokens` are the positions that came from
-    shared pages, `num_prefill_tokens` those computed in prompt chunks, after a preemption once more; `num_computed_tokens` are
-    all tokens that went through the target, trees included. Pages as they stand: in all, held by anybody, held by the prefix
-    cache, and of these the ones that nobody uses.
+    `num_prompt_tokens` counts each prompt once, when it is first run, and `num_prefix_tokens` the positions of it that came
+    from shared pages then; `num_prefill_tokens` are those computed in prompt chunks, after a preemption once more;
+    `num_computed_tokens` are all tokens that went through the target, trees included. Pages as they stand: in all, held by
+    anybody, held by the prefix cache, and of these the ones that nobody uses.
     """
 
     max_batch_size: int

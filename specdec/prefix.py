@@ -133,7 +133,8 @@ class PrefixCache:
         freed = 0
         while freed < count and self._idle:
             node, _ = self._idle.popitem(last=False)
-            assert not node.children and node.page is not None, "a page goes after those behind it"
+            assert node.page is not None
+            self._give_up(node)
             self._detach(node)
             self._pool.release([node.page])
             freed += 1
@@ -161,6 +162,16 @@ class PrefixCache:
     def _use(self, node: PrefixPage) -> None:
         node.num_users += 1
         self._idle.pop(node, None)
+
+    def _give_up(self, node: PrefixPage) -> None:
+        """Nobody will find what has been announced behind a page that goes, as when another request has overtaken the one that
+        announced: whoever waits for it looks again."""
+        ahead = list(node.children.values())
+        while ahead:
+            child = ahead.pop()
+            assert child.page is None, "a page goes after those behind it"
+            child.is_coming = False
+            ahead += child.children.values()
 
     def _detach(self, node: PrefixPage) -> None:
         assert node.parent is not None

@@ -34,11 +34,15 @@ class Scheduler:
     """First come, first served, by the pages that are really needed; ids are the order of arrival.
 
     A request is admitted when there are pages for its tokens so far and for `scratch` slots behind them, where trees are
-    written; one whose next page of prompt another is computing waits for that, and lets others pass. Out of pages, the
+    written; one whose next page of prompt another is computing waits for that, and lets others pass. A part of the prompt
+    tokens of a step is for prompts that end in it, so that behind a long prompt a short one need not wait. Out of pages, the
     prefixes that nobody uses go first, then those of the youngest request, which returns to the queue and is computed again
     later; so the oldest always goes on. `may_grow` lets the pool grow before anybody has to leave. Raises OutOfPages in
     `submit` for a request that would not fit the pool alone.
     """
+
+    # Of a step's prompt tokens the part that is for prompts which end in it: one of so many.
+    _SHORT_SHARE = 4
 
     def __init__(
         self,
@@ -123,13 +127,17 @@ class Scheduler:
 
     def _admit(self) -> None:
         budget = self._prefill_chunk - sum(_left(request.sequence) for request in self.running)
+        short = self._prefill_chunk // self._SHORT_SHARE - sum(self._short().values())
         at = 0
-        while at < len(self.waiting) and len(self.running) < self._max_batch_size and budget > 0:
+        # Whoever may pass others stands near the front: each that is looked at is looked up among the prefixes.
+        while at < min(len(self.waiting), self._max_batch_size) and len(self.running) < self._max_batch_size:
+            if max(budget, short) <= 0:
+                break
             request = self.waiting[at]
             one = request.sequence
             if request.awaited is None or not request.awaited.is_coming:
                 found, request.awaited = self._prefixes.find(one)
-            if request.awaited is not None:
+            if request.awaited is not None or (budget <= 0 and one.root_position - self._start(found) > short):
                 at += 1
                 continue
             # Alone a request fits the pool, though perhaps not beside the original of a page that it must copy.
@@ -137,16 +145,22 @@ class Scheduler:
                 break
             del self.waiting[at]
             insort(self.running, request, key=_arrival)
-            budget -= _left(one)
-            self._metrics.num_prefix_tokens += one.num_computed
+            left = _left(one)
+            budget -= left
+            short -= left if left <= short else 0
             if not request.metrics.num_preemptions:
                 self._metrics.num_prompt_tokens += one.prompt_len
+                self._metrics.num_prefix_tokens += one.num_computed
                 request.metrics.num_prefix_tokens = one.num_computed
+
+    def _start(self, found: list[PrefixPage]) -> int:
+        """The first position to compute behind the pages that were found."""
+        overlap = 0 if self._drafter is None else self._drafter.overlap
+        return max(len(found) * self._pool.page_size - overlap, 0)
 
     def _begin(self, one: Sequence, found: list[PrefixPage]) -> bool:
         """Gives a sequence the pages that were found and those it needs besides, if there are so many."""
-        overlap = 0 if self._drafter is None else self._drafter.overlap
-        start = max(len(found) * self._pool.page_size - overlap, 0)
+        start = self._start(found)
         num_kept = start // self._pool.page_size
         # One page more for each that runs already, so that nobody has to leave as soon as one of them goes on.
         need = self._pool.pages_for(one.root_position + self._scratch) - num_kept + len(self.running)
@@ -182,16 +196,20 @@ class Scheduler:
         return True
 
     def _share_out(self) -> Plan:
-        """Prompts share `prefill_chunk` tokens, the oldest first; whoever is past its prompt goes on in any case."""
-        budget = self._prefill_chunk
+        """Prompts share `prefill_chunk` tokens: those that end with what is for short ones, then the oldest first; whoever is
+        past its prompt goes on in any case."""
+        short = self._short()
+        budget = self._prefill_chunk - sum(short.values())
         step = Plan([], [], [], [])
         for request in self.running:
             one = request.sequence
             left = _left(one)
-            chunk = min(left, budget)
+            chunk = short.get(request.id)
+            if chunk is None:
+                chunk = min(left, budget)
+                budget -= chunk
             if left and not chunk:
                 continue
-            budget -= chunk
             step.sequences.append(one)
             step.chunks.append(chunk)
             if chunk == left and one.begins_bare:
@@ -199,6 +217,16 @@ class Scheduler:
             elif not left:
                 step.drafting.append(one)
         return step
+
+    def _short(self) -> dict[int, int]:
+        """By id the prompts that end in the next step within its part for such, the oldest first, with what is left of them."""
+        room, found = self._prefill_chunk // self._SHORT_SHARE, dict[int, int]()
+        for request in self.running:
+            left = _left(request.sequence)
+            if 0 < left <= room:
+                found[request.id] = left
+                room -= left
+        return found
 
     def _release(self, request: Request) -> None:
         self._prefixes.leave(request.sequence)

@@ -12,6 +12,7 @@ from conftest import make_tiny
 from head_cases import eagle_config
 
 from specdec import Engine, Handle, PagedModel, SamplingParams
+from specdec.cost import CostModel, DraftCost, TargetCost
 from specdec.drafters import (
     EagleDrafter,
     MedusaDrafter,
@@ -22,6 +23,7 @@ from specdec.drafters import (
     UnionDrafter,
     chain,
 )
+from specdec.drafters.adaptive import AdaptiveSpeculation
 from specdec.drafters.heads import EagleHead, MedusaConfig, MedusaHeads
 from specdec.interfaces import Drafter, TreePolicy
 from specdec.verifiers import RULES, Verifier
@@ -78,9 +80,14 @@ class System:
     drafter: Callable[[], Drafter] | None = None
     policy: TreePolicy | None = None
     rule: str = "follow"
+    is_adaptive: bool = False
 
     def engine(self, **options: Any) -> Engine:
         verifier = Verifier(target(), RULES[self.rule]())
+        if self.is_adaptive and self.policy is not None:
+            # Drafts are cheap at first; what steps really take is learned on the way.
+            costs = CostModel(TargetCost((1, 64), (1e-3, 1.5e-3)), DraftCost(1e-5))
+            options["speculation"] = AdaptiveSpeculation(self.policy, costs, verifier.rule.accepts)
         return Engine(verifier, None if self.drafter is None else self.drafter(), self.policy, **options)
 
 
@@ -92,6 +99,8 @@ SYSTEMS = {
     "eagle": System(eagle, TopK(6, 3, 2)),
     "medusa": System(medusa, TopK(6, 3, 2)),
     "union": System(union, TopK(6, 3, 2)),
+    "union adaptive": System(union, TopK(6, 3, 2), is_adaptive=True),
+    "eagle adaptive": System(eagle, TopK(6, 3, 2), is_adaptive=True),
     "ngram rejection": System(ngram, chain(3), "rejection"),
     "small rejection": System(small, chain(3, "iid"), "rejection"),
     "eagle rejection": System(eagle, chain(3, "iid"), "rejection"),
@@ -115,11 +124,12 @@ PARAMS = [
 LONGEST = 16 + 20 + 8
 
 
-@functools.cache
-def alone(system: System, prompt: int, params: int) -> tuple[list[int], str]:
+# Not all of them: a soak is to show that memory does not grow.
+@functools.lru_cache(1024)
+def alone(system: System, prompt: tuple[int, ...], params: int) -> tuple[list[int], str]:
     """What one request gives that has an engine for itself; under `follow` by plain decoding."""
     engine = (PLAIN if system.rule == "follow" else system).engine(max_batch_size=1, share_prefixes=False)
-    result = engine.generate([PROMPTS[prompt]], PARAMS[params])[0]
+    result = engine.generate([list(prompt)], PARAMS[params])[0]
     return result.token_ids, result.finish_reason
 
 
@@ -128,11 +138,24 @@ class Traffic:
 
     def __init__(self, system: System, **options: Any) -> None:
         self.system, self.engine = system, system.engine(**options)
-        self.open: dict[int, tuple[Handle, int, int]] = {}
-        self.num_compared = self.num_cancelled = 0
+        self.open: dict[int, tuple[Handle, tuple[int, ...], int]] = {}
+        self.num_compared = self.num_cancelled = self.num_prefix_tokens = 0
 
     def submit(self, prompt: int, params: int) -> None:
-        handle = self.engine.submit(PROMPTS[prompt], PARAMS[params])
+        self._submit(tuple(PROMPTS[prompt]), params)
+
+    def follow_up(self, number: int, cut: int) -> None:
+        """Asks on behind an open request: its prompt, what it is going to answer, and more."""
+        if self.open:
+            _, prompt, params = self.open[sorted(self.open)[number % len(self.open)]]
+            text = (*prompt, *alone(self.system, prompt, params)[0])
+            more = (4, 5, 6, 7)
+            # Short enough for any pool that holds the longest.
+            room = LONGEST - 8 - PARAMS[2].max_new_tokens - len(more)
+            self._submit((*text[: min(len(text) - cut, room)], *more), 2)
+
+    def _submit(self, prompt: tuple[int, ...], params: int) -> None:
+        handle = self.engine.submit(list(prompt), PARAMS[params])
         self.open[handle.id] = handle, prompt, params
 
     def cancel(self, number: int) -> None:
@@ -144,6 +167,7 @@ class Traffic:
             wanted, _ = alone(self.system, prompt, params)
             assert handle.result.token_ids == wanted[: len(handle.result.token_ids)]
             self.num_cancelled += 1
+            self.num_prefix_tokens += handle.metrics.num_prefix_tokens
             self.engine.check()
 
     def step(self) -> None:
@@ -153,19 +177,22 @@ class Traffic:
                 handle, prompt, params = self.open.pop(token.id)
                 assert handle.result is token.result
                 found = token.result.token_ids, token.result.finish_reason
-                assert found == alone(self.system, prompt, params), (PROMPTS[prompt], PARAMS[params])
+                assert found == alone(self.system, prompt, params), (prompt, PARAMS[params])
                 assert [one.token_id for one in handle] == token.result.token_ids
                 self.num_compared += 1
+                self.num_prefix_tokens += handle.metrics.num_prefix_tokens
         self.engine.check()
 
     def finish(self) -> None:
-        """Runs until nobody is left; then only prefixes hold pages, and no drafter remembers anybody."""
+        """Runs until nobody is left; then only prefixes hold pages, and no drafter remembers anybody. Pages that a preempted
+        request finds again are its own, no shared ones."""
         for _ in range(10_000):
             if self.engine.is_idle:
                 break
             self.step()
         assert self.engine.is_idle and not self.open
         assert self.engine.pool.num_pages - self.engine.pool.num_free == self.engine.prefixes.num_idle
+        assert self.engine.metrics.num_prefix_tokens == self.num_prefix_tokens
         assert not self.engine.prefixes._paths and not self.engine.prefixes._announced
         for one in (self.engine.drafter, *getattr(self.engine.drafter, "drafters", [])):
             assert not any(getattr(one, name, None) for name in ("_states", "_indexes"))
