@@ -160,10 +160,7 @@ class GpuCheck:
         for batch in self.config.batch_sizes:
             for context in [one for one in self.config.contexts if one <= limit]:
                 for graphs in (True, False) if self.device.type == "cuda" else (False,):
-                    plain, tree = (
-                        forward_seconds(target, batch, count, context, self.config.repeats, graphs)
-                        for count in (1, nodes)
-                    )
+                    plain, tree = forward_seconds(target, batch, (1, nodes), context, self.config.repeats, graphs)
                     self._row(
                         measure="forward",
                         **self._labels(settings, target),

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 
 import torch
@@ -24,14 +25,20 @@ _MAX_LAYERS = 64
 
 def wall_seconds(run: Callable[[], object], device: torch.device, repeats: int) -> float:
     """The median time from a call to its end on the device."""
-    times = []
+    return in_turns([run], device, repeats)[0]
+
+
+def in_turns(runs: Sequence[Callable[[], object]], device: torch.device, repeats: int) -> list[float]:
+    """The same for each of `runs`, all of them `repeats` times by turns: a machine that slows down does so for all."""
+    times: list[list[float]] = [[] for _ in runs]
     for i in range(_WARM_UPS + repeats):
-        start = time.perf_counter()
-        run()
-        _wait(device)
-        if i >= _WARM_UPS:
-            times.append(time.perf_counter() - start)
-    return statistics.median(times)
+        for run, found in zip(runs, times, strict=True):
+            start = time.perf_counter()
+            run()
+            _wait(device)
+            if i >= _WARM_UPS:
+                found.append(time.perf_counter() - start)
+    return [statistics.median(found) for found in times]
 
 
 def device_seconds(runs: Sequence[Callable[[], object]], device: torch.device, repeats: int) -> float:
@@ -94,17 +101,32 @@ def attention_bandwidth(
     return read / device_seconds(runs, device, repeats)
 
 
-def forward_seconds(target: PagedModel, batch: int, nodes: int, context: int, repeats: int, cuda_graphs: bool) -> float:
-    """Time of one forward of `batch` trees of `nodes` nodes, its planning on the host included, until it is done."""
-    pool, segments = trees(batch, nodes, context, target.device)
-    cache = target.new_cache(pool)
-    fill(cache)
-    if cuda_graphs and target.device.type == "cuda":
-        cache.graphs = ForwardGraphs(target.device)
+@contextmanager
+def forward_runs(
+    target: PagedModel, batch: int, counts: Sequence[int], context: int, cuda_graphs: bool
+) -> Iterator[list[Callable[[], object]]]:
+    """A forward of `batch` trees for each number of nodes, its planning on the host included."""
+    caches, runs = list[KVCache](), list[Callable[[], object]]()
     try:
-        return wall_seconds(lambda: target.forward(segments, cache), target.device, repeats)
+        for nodes in counts:
+            pool, segments = trees(batch, nodes, context, target.device)
+            caches.append(target.new_cache(pool))
+            fill(caches[-1])
+            if cuda_graphs and target.device.type == "cuda":
+                caches[-1].graphs = ForwardGraphs(target.device)
+            runs.append(partial(target.forward, segments, caches[-1]))
+        yield runs
     finally:
-        cache.release()
+        for cache in caches:
+            cache.release()
+
+
+def forward_seconds(
+    target: PagedModel, batch: int, counts: Sequence[int], context: int, repeats: int, cuda_graphs: bool
+) -> list[float]:
+    """Times of one forward of `batch` trees, for each number of nodes in turns, until it is done."""
+    with forward_runs(target, batch, counts, context, cuda_graphs) as runs:
+        return in_turns(runs, target.device, repeats)
 
 
 def busy_share(run: Callable[[], object], device: torch.device) -> float | None:

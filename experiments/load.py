@@ -107,7 +107,8 @@ def _common_labels(
         "load_seed": config.seed,
         "num_asked": len(requests),
         "duration_s": config.duration_s,
-        "max_batch_size": config.engine.max_batch_size,
+        # Rows of all experiments say `batch_size`.
+        **dict.fromkeys(("batch_size", "max_batch_size"), config.engine.max_batch_size),
         "prefill_chunk": config.engine.prefill_chunk,
         "page_size": config.engine.page_size,
         "num_pages": config.engine.num_pages,

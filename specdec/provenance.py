@@ -11,6 +11,8 @@ from pathlib import Path
 
 import torch
 
+from specdec.kernels.cpu import NotBuilt, instruction_set
+
 _HERE = Path(__file__).resolve().parent
 
 
@@ -46,13 +48,21 @@ def versions() -> dict[str, str]:
 
 
 def device_name(device: torch.device) -> str:
-    """The accelerator's name, or the processor's with the number of cores this process may use."""
+    """The accelerator's name, or the processor's with the number of cores this process may use and what its kernels are built
+    for: processors of one name may have more or fewer instructions."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     if device.type != "cpu":
         return str(device)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return f"{_processor()} ({cores} cores)"
+    return f"{_processor()} ({cores} cores{_instructions()})"
+
+
+def _instructions() -> str:
+    try:
+        return f", {instruction_set()}"
+    except (NotBuilt, ValueError):
+        return ""
 
 
 def _processor() -> str:

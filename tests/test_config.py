@@ -45,6 +45,7 @@ FOLDERS = {
     "inspect": ["path=somewhere"],
     "export": ["path=somewhere", "format=vllm", "output=there"],
     "certify": ["output=one.json", "work_dir=."],
+    "costs": ["output=rows.jsonl"],
     "limits": ["output=rows.jsonl"],
     "load": ["output=rows.jsonl", "work_dir=."],
     "stream_check": ["output=rows.jsonl", "work_dir=."],

@@ -1,4 +1,4 @@
-"""The commands that measure and check: benchmark, certify, acceptance, accuracies, load, stream_check, gpu_check."""
+"""The commands that measure and check: benchmark, costs, certify, acceptance, accuracies, load, stream_check, gpu_check."""
 
 from __future__ import annotations
 
@@ -149,6 +149,21 @@ class LimitsConfig(RunConfig):
     drafter: DrafterConfig = field(default_factory=DrafterConfig)
     draft: str | None = None
     policies: list[str] = MISSING
+
+
+@dataclass
+class CostsConfig(SystemConfig):
+    """What steps cost behind each of `contexts`: trees of `num_nodes`, drafts of every depth, medians of `repeats`; and, where
+    `startup`, how long the way to a first token is."""
+
+    target: TargetConfig = field(default_factory=TargetConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    contexts: list[int] = MISSING
+    num_nodes: list[int] = MISSING
+    repeats: int = MISSING
+    startup: bool = True
+    output: str = MISSING
 
 
 @dataclass
