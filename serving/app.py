@@ -107,8 +107,9 @@ class _Service:
 
     async def complete(self, body: CompletionRequest, request: Request) -> Response:
         self.require_model(body.model)
-        echoes = [self._text_of(prompt) for prompt in body.prompts] if body.echo else None
-        reply = CompletionReply(body, self.texts, self.fingerprint, echoes)
+        if body.echo and self.tokenizer is None:
+            raise Refusal(f"{self.model} has no tokenizer to echo prompts with: leave echo out", param="echo")
+        reply = CompletionReply(body, self.texts, self.fingerprint, self._text_of)
         return await self._answer(body, body.prompts, False, reply, request)
 
     async def chat(self, body: ChatRequest, request: Request) -> Response:
@@ -123,6 +124,8 @@ class _Service:
     ) -> Response:
         try:
             params = body.params(self.defaults)
+            # A body may ask for millions of samples: nothing of that size is made before it is known that they fit.
+            self.front.require_room(len(prompts) * body.n)
             each = [(prompt, one) for prompt in prompts for one in params]
             submission = self.front.submit([prompt for prompt, _ in each], [one for _, one in each], chat=chat)
             tokens = await while_connected(request.receive, submission)
@@ -167,6 +170,5 @@ class _Service:
     def _text_of(self, prompt: str | list[int]) -> str:
         if isinstance(prompt, str):
             return prompt
-        if self.tokenizer is None:
-            raise Refusal(f"{self.model} has no tokenizer to echo token ids with: leave echo out", param="echo")
+        assert self.tokenizer is not None, "echo is refused without a tokenizer"
         return str(self.tokenizer.decode(prompt))

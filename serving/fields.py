@@ -10,6 +10,11 @@ from pydantic_core import PydanticCustomError
 
 from specdec.serving.refusals import Refusal
 
+# Every token's text is searched for all of them; OpenAI takes 4.
+MAX_STOP_STRINGS = 64
+# Whatever the engine takes at once is less; looking at millions of them one by one would hold up everybody.
+MAX_PROMPTS = 65_536
+
 
 def _refuse(message: str) -> PydanticCustomError:
     # Braces in a message would be read as placeholders.
@@ -25,6 +30,8 @@ def check_prompt(value: object) -> object:
     def ids(one: object) -> bool:
         return isinstance(one, list) and bool(one) and all(type(token) is int for token in one)
 
+    if isinstance(value, list) and len(value) > MAX_PROMPTS and not isinstance(value[0], int):
+        raise _refuse(f"{len(value)} prompts are more than {MAX_PROMPTS}: split them")
     if _is_text(value) or ids(value):
         return value
     if isinstance(value, list) and value and (all(map(_is_text, value)) or all(map(ids, value))):
@@ -36,6 +43,8 @@ def check_prompt(value: object) -> object:
 
 def check_stop(value: object) -> object:
     several = [value] if isinstance(value, str) else value
+    if isinstance(several, list) and len(several) > MAX_STOP_STRINGS:
+        raise _refuse(f"{len(several)} stop strings are more than {MAX_STOP_STRINGS}: give fewer")
     if isinstance(several, list) and all(_is_text(one) and one for one in several):
         return several
     raise _refuse("give a non-empty text or a list of them")

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Seq
+from functools import cached_property
 from typing import Any, Protocol
 
 from specdec.request import Result, Token
@@ -60,15 +61,20 @@ class _Reply:
 
 
 class CompletionReply(_Reply):
-    """The shapes of /v1/completions; `echoes` are the texts of the prompts where they are asked for."""
+    """The shapes of /v1/completions; `text_of` is the text of a prompt where it is to be echoed."""
 
     prefix, names = "cmpl", ("text_completion", "text_completion")
 
     def __init__(
-        self, body: CompletionRequest, texts: TokenTexts, fingerprint: str, echoes: Seq[str] | None = None
+        self,
+        body: CompletionRequest,
+        texts: TokenTexts,
+        fingerprint: str,
+        text_of: Callable[[str | list[int]], str],
     ) -> None:
         super().__init__(body, texts, fingerprint)
-        self._num_samples, self._echoes = body.n, echoes
+        self._num_samples, self._is_echoed = body.n, body.echo
+        self._prompts, self._text_of = body.prompts, text_of
         # Where the next token's text begins in its choice's text.
         self._offsets: dict[int, int] = {}
 
@@ -82,7 +88,7 @@ class CompletionReply(_Reply):
 
     def first_chunks(self, num_choices: int) -> list[Json]:
         """The prompts, where they are to be echoed."""
-        if self._echoes is None:
+        if not self._is_echoed:
             return []
         return [_text_choice(i, self._echo(i)) for i in range(num_choices)]
 
@@ -93,8 +99,13 @@ class CompletionReply(_Reply):
         shown = self._logprobs(token.index, [token.token_id], logprobs)
         return _text_choice(token.index, token.text, shown, _reason(token)) | _ids(self.returns_ids, [token.token_id])
 
+    @cached_property
+    def _echoes(self) -> list[str]:
+        # Read once the engine has taken the prompts: only then are they few, and their ids in the vocabulary.
+        return [self._text_of(prompt) for prompt in self._prompts]
+
     def _echo(self, index: int) -> str:
-        return "" if self._echoes is None else self._echoes[index // self._num_samples]
+        return self._echoes[index // self._num_samples] if self._is_echoed else ""
 
     def _logprobs(self, index: int, token_ids: Seq[int], logprobs: Seq[Logprob] | None) -> Json | None:
         if logprobs is None:

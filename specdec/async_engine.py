@@ -7,14 +7,16 @@ import threading
 from collections import deque
 from collections.abc import AsyncGenerator, Callable
 from collections.abc import Sequence as Seq
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from itertools import groupby
 from types import TracebackType
 from typing import Literal
 
 from specdec.engine import Engine
 from specdec.handle import Handle
 from specdec.metrics import EngineMetrics
-from specdec.request import Prompt, Token
+from specdec.request import Prompt, Token, encode
 from specdec.sampling import SamplingParams
 from specdec.token_stream import TokenStream
 
@@ -49,9 +51,10 @@ class EngineDead(RuntimeError):
 class AsyncEngine:
     """Serves an engine to any number of coroutines, threads and event loops; from now on nobody else may touch the engine.
 
-    At most `engine.max_batch_size + max_waiting` requests are open at once. A step that raises fails the requests that it
-    computed; the others go on if the engine's pages check out afterwards, else everything open fails and `state` is `dead`.
-    Close it when done, or use it in an `async with`: that waits for what is open, or cancels it where the block raised.
+    At most `engine.max_batch_size + max_waiting` requests are open at once. Prompts are encoded in a thread of their own, one
+    call's after another's. A step that raises fails the requests that it computed; the others go on if the engine's pages
+    check out afterwards, else everything open fails and `state` is `dead`. Close it when done, or use it in an `async with`:
+    that waits for what is open, or cancels it where the block raised.
     """
 
     def __init__(self, engine: Engine, *, max_waiting: int = 64) -> None:
@@ -59,11 +62,15 @@ class AsyncEngine:
             raise ValueError(f"max_waiting={max_waiting} must be >= 0")
         self.engine, self.max_open = engine, engine.max_batch_size + max_waiting
         self.error: Exception | None = None
-        # Guards everything above the next blank line; what is below belongs to the thread.
+        # Guards everything above the next blank line; what is below belongs to the engine's thread.
         self._wake = threading.Condition()
         self._inbox: deque[Callable[[], None]] = deque()
+        # What is still to be encoded, or being so, in the order in which it came.
+        self._encoding: dict[TokenStream, tuple[Seq[Prompt], Seq[SamplingParams], bool]] = {}
         self._num_open = 0
         self._closing: Literal["no", "drain", "cancel"] = "no"
+        # One thread, for tokenizers are not promised to be safe in several.
+        self._encoder = ThreadPoolExecutor(1, "specdec-encoder")
 
         self._streams: dict[TokenStream, dict[int, Handle]] = {}
         self._owners: dict[int, TokenStream] = {}
@@ -115,16 +122,30 @@ class AsyncEngine:
             )
         stream = TokenStream(len(prompts), self._cancel)
         with self._wake:
-            self._require_room(len(prompts))
+            self.require_room(len(prompts))
+            self._encoder.submit(self._encode_next)
+            self._encoding[stream] = prompts, each, chat
             self._num_open += len(prompts)
-            self._inbox.append(partial(self._start, stream, prompts, each, chat))
-            self._wake.notify()
         try:
             await stream.opened()
         except BaseException:
             stream.cancel()
             raise
         return stream
+
+    def require_room(self, num_requests: int) -> None:
+        """Raises what `submit` would refuse so many requests with at this moment, whatever their prompts."""
+        with self._wake:
+            if self.error is not None:
+                raise EngineDead(self.error)
+            if self._closing != "no":
+                raise EngineClosed("the engine is closed and takes no more requests")
+            if num_requests > self.max_open:
+                raise ValueError(
+                    f"{num_requests} prompts at once, and the engine never has more than {self.max_open} open: split them"
+                )
+            if self._num_open + num_requests > self.max_open:
+                raise QueueFull(f"{self._num_open} requests are open, {self.max_open} is the limit: try again later")
 
     async def close(self, *, drain: bool = False, timeout_s: float | None = None) -> None:
         """Takes nothing more and returns when the thread has ended: with `drain` after what is open, at most `timeout_s`
@@ -153,24 +174,48 @@ class AsyncEngine:
                 self._closing = how
             self._wake.notify()
 
-    def _require_room(self, count: int) -> None:
-        if self.error is not None:
-            raise EngineDead(self.error)
-        if self._closing != "no":
-            raise EngineClosed("the engine is closed and takes no more requests")
-        if count > self.max_open:
-            raise ValueError(
-                f"{count} prompts at once, and the engine never has more than {self.max_open} open: split them"
-            )
-        if self._num_open + count > self.max_open:
-            raise QueueFull(f"{self._num_open} requests are open, {self.max_open} is the limit: try again later")
-
     def _cancel(self, stream: TokenStream) -> None:
         with self._wake:
-            self._inbox.append(partial(self._stop, stream))
+            if not self._drop(stream):
+                self._inbox.append(partial(self._stop, stream))
             self._wake.notify()
 
-    # What follows runs in the thread.
+    def _drop(self, *streams: TokenStream) -> list[TokenStream]:
+        """Those of the streams that were still to be encoded: their places are free, and nothing of them reaches the inbox."""
+        with self._wake:
+            dropped = [stream for stream in streams if stream in self._encoding]
+            for stream in dropped:
+                prompts, _, _ = self._encoding.pop(stream)
+                self._leave(len(prompts))
+        return dropped
+
+    # This runs in the encoder's thread, where a long text holds up neither the engine nor an event loop.
+
+    def _encode_next(self) -> None:
+        with self._wake:
+            if not self._encoding:
+                return
+            stream, (prompts, each, chat) = next(iter(self._encoding.items()))
+        encoded: list[list[int]] | Exception
+        try:
+            encoded = []
+            # The samples of a prompt follow one another and share its tokens.
+            for _, group in groupby(prompts, key=id):
+                if stream not in self._encoding:
+                    return
+                same = list(group)
+                encoded += [encode(self.engine.target, same[0], chat)] * len(same)
+        except Exception as error:
+            encoded = error
+        except BaseException as panic:
+            # A tokenizer in Rust may end so, and its caller must not wait for ever.
+            encoded = RuntimeError(f"the tokenizer failed: {_described(panic)}")
+        with self._wake:
+            if self._encoding.pop(stream, None) is not None:
+                self._inbox.append(partial(self._start, stream, prompts, encoded, each))
+                self._wake.notify()
+
+    # What follows runs in the engine's thread.
 
     def _run(self) -> None:
         try:
@@ -178,20 +223,28 @@ class AsyncEngine:
                 pass
         except Exception as error:
             self._die(error)
+        self._encoder.shutdown(wait=False)
 
     def _turn(self) -> bool:
         """What callers asked for, then one step; waits where there is nothing to do. False at the end."""
         with self._wake:
-            while not self._inbox and self.engine.is_idle and self._closing == "no":
+            # A drain also waits for what is still to be encoded.
+            while (
+                not self._inbox
+                and self.engine.is_idle
+                and (self._closing == "no" or (self._closing == "drain" and self._encoding))
+            ):
                 self._wake.wait()
             closing = self._closing
+            dropped = self._drop(*self._encoding) if closing == "cancel" else []
         self._answer()
         if closing == "cancel":
-            for stream in list(self._streams):
+            for stream in [*dropped, *self._streams]:
                 self._stop(stream, EngineClosed("the engine was closed before the request ended"))
             return False
         if self.engine.is_idle:
-            return closing == "no"
+            with self._wake:
+                return closing == "no" or bool(self._encoding or self._inbox)
         try:
             tokens = self.engine.step()
         except Exception as error:
@@ -210,15 +263,23 @@ class AsyncEngine:
                 call = self._inbox.popleft()
             call()
 
-    def _start(self, stream: TokenStream, prompts: Seq[Prompt], each: Seq[SamplingParams], chat: bool) -> None:
+    def _start(
+        self,
+        stream: TokenStream,
+        prompts: Seq[Prompt],
+        encoded: list[list[int]] | Exception,
+        each: Seq[SamplingParams],
+    ) -> None:
         handles: dict[int, Handle] = {}
         try:
             if self.error is not None:
                 raise EngineDead(self.error)
-            for index, (prompt, params) in enumerate(zip(prompts, each, strict=True)):
+            if isinstance(encoded, Exception):
+                raise encoded
+            for index, (prompt, token_ids, params) in enumerate(zip(prompts, encoded, each, strict=True)):
                 if stream.is_cancelled:
                     break
-                handle = self.engine.submit(prompt, params, chat=chat, index=index)
+                handle = self.engine.submit(prompt, params, index=index, token_ids=token_ids)
                 handles[handle.id] = handle
         except Exception as error:
             # Whoever learns of it finds the places free already.
@@ -262,7 +323,9 @@ class AsyncEngine:
 
     def _leave(self, count: int) -> None:
         with self._wake:
-            self._num_open -= count
+            # A dead engine has freed all places at once.
+            if self.error is None:
+                self._num_open -= count
 
     def _recover(self, error: Exception) -> None:
         """Fails the requests that the step computed; the engine goes on where its pages check out without them."""
@@ -279,17 +342,16 @@ class AsyncEngine:
             raise error
 
     def _die(self, error: Exception) -> None:
-        with self._wake:
-            self.error = error
-        self._answer()
         # Whoever learns of it finds the places free already; nothing is taken in any more.
         with self._wake:
-            self._num_open = 0
-        for stream in self._streams:
+            self.error, self._num_open = error, 0
+            dropped = self._drop(*self._encoding)
+        self._answer()
+        for stream in [*dropped, *self._streams]:
             stream.put(EngineDead(error))
         self._streams.clear()
         self._owners.clear()
 
 
-def _described(error: Exception) -> str:
+def _described(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__

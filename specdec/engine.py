@@ -85,18 +85,25 @@ class Engine:
                     storage.graphs = ForwardGraphs(storage.device)
 
     def submit(
-        self, prompt: Prompt, params: SamplingParams | None = None, *, chat: bool = False, index: int | None = None
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        chat: bool = False,
+        index: int | None = None,
+        token_ids: Seq[int] | None = None,
     ) -> Handle:
         """Takes in a request, which waits for its turn; nothing is computed yet.
 
         A prompt is text (`chat`: as a user's message in the model's chat template), token ids, or the messages of a chat.
-        `index` is what its tokens and result call it (None: its id). Raises ValueError for a prompt that is empty, too long
-        or out of the vocabulary, OutOfPages for one that would not fit the cache alone.
+        `index` is what its tokens and result call it (None: its id); `token_ids` are the prompt's where `encode` has made them
+        already. Raises ValueError for a prompt that is empty, too long or out of the vocabulary, OutOfPages for one that would
+        not fit the cache alone.
         """
         id = next(self._ids)
-        token_ids, index = encode(self.target, prompt, chat), id if index is None else index
-        table = PageTable(self.pool)
-        request = Request(id, index, prompt, token_ids, params or SamplingParams(), self.target, table)
+        own_ids = encode(self.target, prompt, chat) if token_ids is None else list(token_ids)
+        index, table = id if index is None else index, PageTable(self.pool)
+        request = Request(id, index, prompt, own_ids, params or SamplingParams(), self.target, table)
         self._scheduler.submit(request)
         self._counts.num_requests += 1
         return Handle(self, request)

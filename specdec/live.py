@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
@@ -80,23 +80,28 @@ class Meter:
     ) -> None:
         self.num_ended = 0
         self._clock, self._window_s, self._begin = clock, window_s, clock()
-        self._last: dict[int, float] = {}
+        # The last token's time; the request that has waited longest for its next one comes first.
+        self._last: OrderedDict[int, float] = OrderedDict()
+        self._num_kept = num_kept
         self._recent: deque[tuple[float, int]] = deque()
         self._ttft: deque[float] = deque(maxlen=num_kept)
         self._gaps: deque[float] = deque(maxlen=num_kept)
 
     def count(self, request: int, num_tokens: int, time_s: float, is_last: bool, sent_s: float | None = None) -> None:
         """A request's tokens came together at `time_s`; its first ones tell how long it waited, where `sent_s` is known."""
-        before = self._last.get(request)
+        before = self._last.pop(request, None)
         if before is not None:
             self._gaps.extend(inter_token_gaps([(before, 1), (time_s, num_tokens)]))
         elif sent_s is not None:
             self._ttft.append(time_s - sent_s)
-        self._last[request] = time_s
         self._recent.append((time_s, num_tokens))
         if is_last:
             self.num_ended += 1
-            del self._last[request]
+            return
+        self._last[request] = time_s
+        # Nobody tells which ones were cancelled, but they wait longest.
+        if len(self._last) > self._num_kept:
+            self._last.popitem(last=False)
 
     def emitted(self, tokens: Seq[Token]) -> None:
         """What a step of an engine emitted, just now."""

@@ -1,10 +1,12 @@
-"""What the tests of the asynchronous engine and the server share: steps that wait, and waiting with a deadline."""
+"""What the tests of the asynchronous engine and the server share: steps and texts that wait, and waiting with a deadline."""
 
 from __future__ import annotations
 
 import threading
 import time
 from collections.abc import Callable
+
+from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 from specdec import Engine, PagedModel
 from specdec.drafters import NGramDrafter, TopK
@@ -46,6 +48,29 @@ class Gate:
         self._is_open = False
         while self._permits.acquire(blocking=False):
             pass
+
+
+class HeldTokenizer:
+    """A tokenizer that encodes the texts that it is permitted, and holds the next one until it is permitted, too."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer, self._permits = tokenizer, threading.Semaphore(0)
+        self.texts: list[str] = []
+        self.error: BaseException | None = None
+
+    def __call__(self, text: str, **options: object) -> BatchEncoding:
+        self.texts.append(text)
+        assert self._permits.acquire(timeout=DEADLINE_S), "no text was permitted in time"
+        if self.error is not None:
+            raise self.error
+        return self._tokenizer(text, **options)
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._tokenizer, name)
+
+    def permit(self, texts: int = 1) -> None:
+        for _ in range(texts):
+            self._permits.release()
 
 
 def eventually(holds: Callable[[], object], what: str = "") -> None:

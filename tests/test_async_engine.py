@@ -8,11 +8,12 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from serving_cases import Gate, eventually, is_clean, make_engine
+from serving_cases import Gate, HeldTokenizer, eventually, is_clean, make_engine
 
 from specdec import PagedModel, SamplingParams
 from specdec.async_engine import MAX_FAILURES, AsyncEngine, EngineClosed, EngineDead, QueueFull, StepFailed
 from specdec.pages import OutOfPages
+from specdec.request import Result
 
 PROMPTS = [[40, 41, 42, 43, 40, 41, 42], [50, 51] * 6, [60], list(range(30, 75)), [44, 44, 45, 44, 44]]
 
@@ -42,6 +43,12 @@ async def collect(front: AsyncEngine, prompt: list[int], sampling: SamplingParam
     assert [token.token_id for token in tokens] == tokens[-1].result.token_ids
     assert all(token.result is None for token in tokens[:-1])
     return tokens[-1].result.token_ids
+
+
+async def taken(front: AsyncEngine, count: int) -> None:
+    """Returns once `count` requests are open and encoded."""
+    while front.num_open < count or front._encoding:
+        await asyncio.sleep(0)
 
 
 async def first_of(tokens):  # type: ignore[no-untyped-def]
@@ -107,14 +114,34 @@ def test_a_full_queue_refuses_until_one_ends(target, alone) -> None:
         gate = Gate(engine)
         async with AsyncEngine(engine, max_waiting=3) as front:
             tasks = [asyncio.create_task(collect(front, PROMPTS[i], params(1))) for i in range(5)]
-            while front.num_open < 5:
-                await asyncio.sleep(0)
+            await taken(front, 5)
             with pytest.raises(QueueFull, match="5 requests are open, 5 is the limit"):
                 await front.submit([[40]])
             gate.open()
             assert await asyncio.gather(*tasks) == [alone[i, 1] for i in range(5)]
             assert front.num_open == 0
             assert await collect(front, PROMPTS[0], params(0)) == alone[0, 0]
+
+    asyncio.run(main())
+
+
+def test_room_can_be_asked_for_alone(target) -> None:
+    async def main() -> None:
+        engine = make_engine(target, max_batch_size=1)
+        gate = Gate(engine)
+        front = AsyncEngine(engine, max_waiting=2)
+        front.require_room(3)
+        with pytest.raises(ValueError, match=r"4 prompts at once.*more than 3"):
+            front.require_room(4)
+        stream = await front.submit([[40], [41]])
+        front.require_room(1)
+        with pytest.raises(QueueFull, match="2 requests are open, 3 is the limit"):
+            front.require_room(2)
+        stream.cancel()
+        gate.open()
+        await front.close()
+        with pytest.raises(EngineClosed, match="takes no more"):
+            front.require_room(1)
 
     asyncio.run(main())
 
@@ -221,8 +248,7 @@ def test_a_failing_step_takes_its_requests_along_and_no_others(target, alone) ->
         gate = Gate(engine)
         async with AsyncEngine(engine) as front:
             tasks = [asyncio.create_task(collect(front, PROMPTS[i], params(3))) for i in range(4)]
-            while front.num_open < 4:
-                await asyncio.sleep(0)
+            await taken(front, 4)
             Fails(engine.verifier, "verify", lambda count: count == 4)
             gate.open()
             for task in tasks[:2]:
@@ -244,8 +270,7 @@ def test_an_engine_that_keeps_failing_is_dead(target) -> None:
         gate = Gate(engine)
         front = AsyncEngine(engine)
         tasks = [asyncio.create_task(collect(front, [40 + i], params())) for i in range(MAX_FAILURES + 2)]
-        while front.num_open < len(tasks):
-            await asyncio.sleep(0)
+        await taken(front, len(tasks))
         Fails(engine.verifier, "verify", lambda count: True)
         gate.open()
         errors = [type(error) for error in await asyncio.gather(*tasks, return_exceptions=True)]
@@ -265,8 +290,7 @@ def test_an_engine_that_loses_pages_is_dead(target) -> None:
         gate = Gate(engine)
         front = AsyncEngine(engine)
         tasks = [asyncio.create_task(collect(front, [40 + i], params())) for i in range(2)]
-        while front.num_open < 2:
-            await asyncio.sleep(0)
+        await taken(front, 2)
         Fails(engine.verifier, "verify", lambda count: bool(engine.pool.allocate(1)))
         gate.open()
         for task, error in zip(tasks, (StepFailed, EngineDead), strict=True):
@@ -284,8 +308,7 @@ def test_closing_drains_or_cancels(target, alone) -> None:
         gate = Gate(engine)
         front = AsyncEngine(engine)
         tasks = [asyncio.create_task(collect(front, PROMPTS[i], params(i))) for i in range(4)]
-        while front.num_open < 4:
-            await asyncio.sleep(0)
+        await taken(front, 4)
         closing = asyncio.create_task(front.close(drain=drain, timeout_s=timeout_s))
         while front.state == "running":
             await asyncio.sleep(0)
@@ -346,3 +369,141 @@ def test_chats_pass_through(target) -> None:
 def test_options_out_of_range_are_refused(target) -> None:
     with pytest.raises(ValueError, match="max_waiting=-1"):
         AsyncEngine(make_engine(target), max_waiting=-1)
+
+
+@pytest.fixture
+def held(tiny, tokenizer) -> PagedModel:
+    """The target with a tokenizer that holds every text."""
+    return PagedModel(tiny(0, vocab_size=len(tokenizer)), HeldTokenizer(tokenizer), name="target")
+
+
+async def results_of(front: AsyncEngine, prompts: list[str], sampling: SamplingParams) -> list[Result]:
+    stream = await front.submit(prompts, sampling)
+    return [token.result async for token in stream if token.result is not None]
+
+
+def test_a_text_that_takes_long_to_encode_holds_up_nobody(target, held, alone) -> None:
+    expected = make_engine(target).generate(["abcabc"], params(1))[0]
+
+    async def main() -> None:
+        engine = make_engine(held)
+        async with AsyncEngine(engine) as front:
+            tokens = front.generate(PROMPTS[0], params(1))
+            found = [(await anext(tokens)).token_id]
+            long = asyncio.create_task(results_of(front, ["abcabc"], params(1)))
+            await asyncio.to_thread(eventually, lambda: held.tokenizer.texts)
+            found += [token.token_id async for token in tokens]
+            assert found == alone[0, 1] and front.num_open == 1 and not long.done()
+            held.tokenizer.permit()
+            (result,) = await long
+            assert (result.prompt, result.token_ids) == ("abcabc", expected.token_ids)
+        assert is_clean(engine)
+
+    asyncio.run(main())
+
+
+def test_what_is_encoded_holds_a_place_until_its_caller_leaves(held) -> None:
+    async def main() -> None:
+        engine = make_engine(held, max_batch_size=1)
+        async with AsyncEngine(engine, max_waiting=2) as front:
+            tasks = [asyncio.create_task(results_of(front, [text], params())) for text in ("ab", "cd", "ef")]
+            await asyncio.to_thread(eventually, lambda: held.tokenizer.texts == ["ab"])
+            with pytest.raises(QueueFull, match="3 requests are open, 3 is the limit"):
+                await front.submit([[40]])
+            # One is being encoded, the other waits for that.
+            for task in tasks[:2]:
+                task.cancel()
+            for task in tasks[:2]:
+                with pytest.raises(asyncio.CancelledError):
+                    await task
+            assert front.num_open == 1
+            held.tokenizer.permit(2)
+            (result,) = await tasks[2]
+            assert result.prompt == "ef" and held.tokenizer.texts == ["ab", "ef"]
+            assert front.num_open == 0 and engine.metrics.num_requests == 1
+
+    asyncio.run(main())
+
+
+def test_a_tokenizer_that_fails_is_told_and_takes_no_place(held, monkeypatch) -> None:
+    class Panic(BaseException):
+        """As Rust code raises it."""
+
+    async def main() -> None:
+        async with AsyncEngine(make_engine(held)) as front:
+            for error, kind in ((TypeError("planted"), TypeError), (Panic("planted"), RuntimeError)):
+                monkeypatch.setattr(held.tokenizer, "error", error)
+                with pytest.raises(kind, match="planted"):
+                    await front.submit([[40], "ab"])
+                assert front.num_open == 0
+            assert len(await collect(front, [40], params())) == 16
+
+    held.tokenizer.permit(2)
+    asyncio.run(main())
+
+
+def test_the_samples_of_a_prompt_are_encoded_once(held) -> None:
+    async def main() -> None:
+        async with AsyncEngine(make_engine(held)) as front:
+            text = "abcabc"
+            results = await results_of(front, [text, text, "cd", text], params())
+            assert held.tokenizer.texts == [text, "cd", text]
+            assert [len(result.prompt_token_ids) for result in sorted(results, key=lambda one: one.index)] == [
+                6,
+                6,
+                2,
+                6,
+            ]
+
+    held.tokenizer.permit(3)
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize(("drain", "timeout_s"), [(False, None), (True, 0.0), (True, None)])
+def test_closing_ends_what_is_encoded_or_waits_for_it(held, drain: bool, timeout_s: float | None) -> None:
+    async def main() -> None:
+        engine = make_engine(held)
+        front = AsyncEngine(engine)
+        tasks = [asyncio.create_task(results_of(front, [text], params())) for text in ("ab", "cd")]
+        await asyncio.to_thread(eventually, lambda: held.tokenizer.texts == ["ab"])
+        closing = asyncio.create_task(front.close(drain=drain, timeout_s=timeout_s))
+        if drain and timeout_s is None:
+            while front.state == "running":
+                await asyncio.sleep(0)
+            held.tokenizer.permit(2)
+            assert [len(result.token_ids) for task in tasks for result in await task] == [16, 16]
+            await closing
+        else:
+            # While the text is held still.
+            await closing
+            for task in tasks:
+                with pytest.raises(EngineClosed, match="before the request ended"):
+                    await task
+            held.tokenizer.permit(2)
+        assert front.state == "closed" and front.num_open == 0 and is_clean(engine)
+        await asyncio.to_thread(
+            eventually, lambda: not [one for one in threading.enumerate() if one.name.startswith("specdec-")]
+        )
+        assert front.num_open == 0 and not front._inbox
+
+    asyncio.run(main())
+
+
+def test_a_death_is_told_to_those_whose_prompts_are_encoded(held) -> None:
+    async def main() -> None:
+        engine = make_engine(held, max_batch_size=1)
+        gate = Gate(engine)
+        front = AsyncEngine(engine)
+        tasks = [asyncio.create_task(collect(front, [40 + i], params())) for i in range(MAX_FAILURES)]
+        await taken(front, MAX_FAILURES)
+        tasks.append(asyncio.create_task(results_of(front, ["ab"], params())))
+        await asyncio.to_thread(eventually, lambda: held.tokenizer.texts)
+        Fails(engine.verifier, "verify", lambda count: True)
+        gate.open()
+        errors = [type(error) for error in await asyncio.gather(*tasks, return_exceptions=True)]
+        assert errors == [StepFailed] * MAX_FAILURES + [EngineDead] and front.num_open == 0
+        held.tokenizer.permit()
+        await front.close()
+        assert front.state == "dead" and front.num_open == 0
+
+    asyncio.run(main())

@@ -93,6 +93,17 @@ def test_a_meter_looks_back_a_window_and_spreads_tokens() -> None:
     assert meter.latency.ttft_p50_s == pytest.approx(1.25)
 
 
+def test_a_meter_forgets_requests_that_were_cancelled() -> None:
+    meter = Meter(Clock(), num_kept=4)
+    meter.count(0, 1, 0.0, False)
+    for cancelled in range(1, 100):
+        meter.count(cancelled, 1, cancelled - 0.5, False)
+        # One runs on, and its gaps are the only ones.
+        meter.count(0, 1, float(cancelled), False)
+        assert len(meter._last) <= 4
+    assert meter.latency == Latency(None, None, 1.0, 1.0, 1.0)
+
+
 def test_a_meter_takes_what_a_step_emits() -> None:
     clock = Clock()
     meter = Meter(clock)

@@ -10,6 +10,7 @@ import random
 import socket
 import struct
 import threading
+import tracemalloc
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -257,7 +258,7 @@ def test_stop_strings_end_text_and_stream_before_them(served: Served, alone: Eng
     cut = next(whole[at : at + 2] for at in range(4, 30) if "\ufffd" not in whole[at : at + 2])
     before = whole[: whole.index(cut)]
     options = {"model": MODEL, "prompt": "abcabc", "seed": 9, "max_tokens": 40, "extra_body": OURS}
-    for stop in (cut, ["never", cut]):
+    for stop in (cut, ["never", cut], ["never"] * 63 + [cut]):
         answer = served.client.completions.create(**options, stop=stop)
         assert (answer.choices[0].text, answer.choices[0].finish_reason) == (before, "stop")
         chunks = list(served.client.completions.create(**options, stop=stop, stream=True))
@@ -376,6 +377,7 @@ CHAT = {"model": MODEL, "messages": MESSAGES}
         (COMPLETION, {"seed": 2**63}, "seed", [str(2**63)]),
         (COMPLETION, {"stop": [1]}, "stop", ["non-empty text"]),
         (COMPLETION, {"stop": ""}, "stop", ["non-empty text"]),
+        (COMPLETION, {"stop": ["x"] * 65}, "stop", ["65 stop strings", "64"]),
         (COMPLETION, {"logit_bias": {"a": 1}}, "logit_bias", ['{"token id": number, ...}']),
         (COMPLETION, {"logit_bias": {"9999": 1}}, None, ["9999", "vocabulary"]),
         (COMPLETION, {"logprobs": 21}, "logprobs", ["logprobs=21", "20"]),
@@ -386,6 +388,9 @@ CHAT = {"model": MODEL, "messages": MESSAGES}
         (COMPLETION, {"prompt": None}, "prompt", ["prompt is missing"]),
         (COMPLETION, {"prompt": ""}, None, ["no tokens"]),
         (COMPLETION, {"prompt": [1, 9999]}, None, ["9999", "vocabulary of 259"]),
+        (COMPLETION, {"prompt": [-1], "echo": True}, None, ["-1", "vocabulary of 259"]),
+        (COMPLETION, {"prompt": [[40], [2**32]], "echo": True}, None, [str(2**32), "vocabulary of 259"]),
+        (COMPLETION, {"prompt": [[1]] * 65_537}, "prompt", ["65537 prompts", "65536"]),
         (COMPLETION, {"prompt": "\ud800"}, "prompt", ["give a text"]),
         (CHAT, {"messages": [{"role": "user", "content": "\ud800"}]}, "messages[0].content", ["give a text"]),
         (COMPLETION, {"best_of": 3}, "best_of", ["best_of=3", "leave it out, or give 1"]),
@@ -448,6 +453,19 @@ def test_other_refusals_have_the_same_shape(served: Served) -> None:
     huge = json.dumps({**COMPLETION, "prompt": "a" * (17 * 1024 * 1024)}).encode()
     status, _, answer = served.post("/v1/completions", huge)
     assert status == 413 and "send less at once" in answer["error"]["message"]
+
+
+def test_too_many_samples_are_refused_before_they_are_made(served: Served) -> None:
+    body = {**COMPLETION, "prompt": ["a"] * 20_000, "n": 128, "echo": True}
+    tracemalloc.start()
+    try:
+        status, _, answer = served.post("/v1/completions", body)
+        _, peak_bytes = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert status == 400 and "2560000 prompts at once" in answer["error"]["message"]
+    # Less than a pointer for each.
+    assert peak_bytes < 8 * 2_560_000
 
 
 def test_what_never_fits_is_refused(target) -> None:
@@ -514,7 +532,7 @@ def test_a_client_that_leaves_the_queue_never_runs(target) -> None:
         served.gate.permit()
         eventually(lambda: served.engine.metrics.num_steps == 1 and served.gate.num_held == 1)
         second = served.connect(COMPLETION)
-        eventually(lambda: served.front.num_open == 2)
+        eventually(lambda: len(served.front._inbox) == 1)
         second.close()
         eventually(lambda: len(served.front._inbox) == 2)
         served.gate.open()
