@@ -130,30 +130,29 @@ class Grower {
   void run() {
     for (;;) {
       answer();
-#pragma omp barrier
-#pragma omp master
-      {
+      meeting_.wait();
+      if (omp_get_thread_num() == 0) {
         take_children();
         is_done_ = ++depth_ >= growth_.depth || !choose_frontier();
         if (!is_done_) prepare();
       }
-#pragma omp barrier
+      meeting_.wait();
       if (is_done_) break;
       gather();
-#pragma omp barrier
+      meeting_.wait();
       if (head_.fc) {
         product(joined_, (long)rows_.size(), *head_.fc, [&](long row, long block, Floats sums) {
           store(x_ + row * hidden_ + block * 16, sums);
           store(read_ + row * hidden_ + block * 16, sums);
         });
-#pragma omp barrier
+        meeting_.wait();
       }
-      run_layer(*head_.stack, step_, 0, x_, normed_, wide_);
+      run_layer(*head_.stack, step_, 0, x_, normed_, wide_, meeting_);
       long begin, end;
       share(rows_.size(), begin, end);
       for (long r = begin; r < end; ++r)
         std::memcpy(state(rows_[r].sequence, rows_[r].number), x_ + r * hidden_, hidden_ * sizeof(bf16));
-#pragma omp barrier
+      meeting_.wait();
     }
   }
 
@@ -183,14 +182,14 @@ class Grower {
       else
         std::memcpy(normed_ + r * hidden_, from, hidden_ * sizeof(bf16));
     }
-#pragma omp barrier
+    meeting_.wait();
     product(normed_, count, *head_.lm_head, [&](long row, long block, Floats sums) {
       // As a tensor of bfloat16 would hold them.
       alignas(64) float some[16];
       store_floats(some, rounded(sums));
       std::memcpy(logits_ + row * outputs + block * 16, some, std::min(16L, outputs - block * 16) * sizeof(float));
     });
-#pragma omp barrier
+    meeting_.wait();
     for (long r = begin; r < end; ++r)
       likeliest(logits_ + r * outputs, outputs, k, best_ + r * k, logprobs_ + r * k);
   }
@@ -327,6 +326,7 @@ class Grower {
   long* best_;
   bf16* unwanted_ = nullptr;
   Step step_;
+  Meeting meeting_;
 };
 
 }  // namespace

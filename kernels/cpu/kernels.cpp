@@ -31,10 +31,11 @@ void specdec_room(const Stack* stack, int64_t num_tokens, int64_t* normed, int64
 // The rows `x` through all layers, in place, those that are asked for moved to the front; the cache holds the keys and values of
 // all of them afterwards.
 void specdec_run(const Stack* stack, const Step* step, bf16* x, bf16* normed, bf16* wide) {
+  Meeting meeting;
 #pragma omp parallel num_threads(step->num_threads)
   {
     Tiles tiles;
-    for (long layer = 0; layer < stack->num_layers; ++layer) run_layer(*stack, *step, layer, x, normed, wide);
+    for (long layer = 0; layer < stack->num_layers; ++layer) run_layer(*stack, *step, layer, x, normed, wide, meeting);
   }
 }
 

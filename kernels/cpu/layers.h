@@ -91,19 +91,20 @@ static inline void place(const Stack& stack, const Layer& layer, const Step& ste
 }
 
 // The rows `x` through a layer, in place; through the last one only those that are asked for, which are then the first.
-static inline void run_layer(const Stack& stack, const Step& step, long number, bf16* x, bf16* normed, bf16* wide) {
+static inline void run_layer(const Stack& stack, const Step& step, long number, bf16* x, bf16* normed, bf16* wide,
+                             Meeting& meeting) {
   const Layer& layer = stack.layers[number];
   const long size = stack.hidden_size;
   long count = step.num_tokens;
   const long attended = stack.num_heads * stack.head_size, width = attended + 2 * stack.num_groups * stack.head_size;
   const bf16* read = number == 0 && step.read ? step.read : normed;
   if (read == normed) norm_rows(x, count, layer.norm1, stack, normed);
-#pragma omp barrier
+  meeting.wait();
   product(read, count, layer.qkv,
           [&](long row, long block, Floats sums) { store(wide + row * width + block * 16, sums); });
-#pragma omp barrier
+  meeting.wait();
   place(stack, layer, step, number, wide);
-#pragma omp barrier
+  meeting.wait();
   const Heads heads{stack.num_heads, stack.num_groups, stack.head_size, stack.scaling, layer.window};
   if (number + 1 == stack.num_layers && step.asked) {
     // Of other rows there is nothing left to do: their keys and values are all that anybody will read.
@@ -111,31 +112,31 @@ static inline void run_layer(const Stack& stack, const Step& step, long number, 
     if (!count) return;
     attend(step.asked_sequences, step.num_asked_sequences, heads, wide, width, step.keys[number], step.values[number],
            normed, attended);
-#pragma omp barrier
-#pragma omp single
-    for (long i = 0; i < count; ++i) {
+    meeting.wait();
+    for (long i = 0; i < count && omp_get_thread_num() == 0; ++i) {
       const long row = step.asked[i];
       if (row == i) continue;
       std::memcpy(normed + i * attended, normed + row * attended, attended * 2);
       std::memcpy(x + i * size, x + row * size, size * 2);
     }
+    meeting.wait();
   } else {
     attend(step.sequences, step.num_sequences, heads, wide, width, step.keys[number], step.values[number], normed, attended);
-#pragma omp barrier
+    meeting.wait();
   }
   project_back(normed, count, layer.out, x, size);
-#pragma omp barrier
+  meeting.wait();
   norm_rows(x, count, layer.norm2, stack, normed);
-#pragma omp barrier
+  meeting.wait();
   const long inner = layer.down.inputs;
   product_of_halves(normed, count, layer.gate_up, [&](long row, long block, Floats gate, Floats up) {
     gate = rounded(gate);
     const Floats silu = gate / (all(1.0f) + exponential(all(0.0f) - gate));
     store(wide + row * inner + block * 16, rounded(silu) * rounded(up));
   });
-#pragma omp barrier
+  meeting.wait();
   project_back(wide, count, layer.down, x, size);
-#pragma omp barrier
+  meeting.wait();
   if (step.hidden[number]) {
     long begin, end;
     share(count, begin, end);
