@@ -10,6 +10,7 @@ from torch import Tensor
 
 from specdec.int_tensor import int_tensor
 from specdec.kernels.kv_write import kv_write
+from specdec.kernels.linear.arena import on_huge_pages
 from specdec.kernels.path_commit import path_commit
 from specdec.pages import PagePool, PageTable
 
@@ -87,7 +88,7 @@ class KVCache:
         slots = num_pages * self.pool.page_size
         for group in (self._keys_LSGE, self._values_LSGE):
             for i, old in enumerate(group):
-                new = old.new_zeros(old.shape[0], slots + 1, *old.shape[2:])
+                new = on_huge_pages(old.new_empty(old.shape[0], slots + 1, *old.shape[2:])).zero_()
                 kept = min(slots, self.scratch_slot)
                 new[:, :kept] = old[:, :kept]
                 group[i] = new

@@ -51,6 +51,8 @@ class BlockByPairs : BlockOfRows {
   static constexpr long WIDTH = 32, TILE = 16;
   // So many rows are better told from one another, 16 keys side by side in a vector.
   static constexpr long FEW = 8;
+  // Of the largest head that is served.
+  static constexpr long MOST_PAIRS = 128;
 
   const bf16* at(const bf16* cache, long key) const { return cache + sequence_.slot(key) * step_; }
 
@@ -72,22 +74,20 @@ class BlockByPairs : BlockOfRows {
     if (heads_.window > 0) mask_later();
   }
 
-  // Of `count` keys in a row, up to 16.
+  // Of `count` keys in a row, up to 16, which are laid as [pair of components][key] first: one register then finds them all.
   void score_some(const bf16* keys, long key, long count, Floats* to) const {
-    const bf16* from[16];
-    for (long i = 0; i < 16; ++i) from[i] = at(keys, key + (i < count ? i : 0));
-    const Floats scaling = all(heads_.scaling);
-    for (long i = 0; i < count; i += 8) {
-      Floats sums[8];
-#pragma GCC unroll 8
-      for (long j = 0; j < 8; ++j) sums[j] = all(0.0f);
-      for (long e = 0; e < heads_.size / 2; ++e) {
-        const Pairs queries = queries_[e];
-#pragma GCC unroll 8
-        for (long j = 0; j < 8; ++j) sums[j] = plus_products(sums[j], queries, row_pair(from[i + j] + 2 * e));
-      }
-      for (long j = 0; j < 8 && i + j < count; ++j) to[i + j] = sums[j] * scaling;
+    alignas(64) RowPair columns[MOST_PAIRS * 16];
+    for (long e = 0; e < heads_.size; e += DEPTH)
+      load_columns(count, [&](long i) { return at(keys, key + i) + e; }, (__m512i*)columns + e / 2);
+    Floats sums[16];
+#pragma GCC unroll 16
+    for (long j = 0; j < 16; ++j) sums[j] = all(0.0f);
+    for (long e = 0; e < heads_.size / 2; ++e) {
+      const Pairs queries = queries_[e];
+#pragma GCC unroll 16
+      for (long j = 0; j < 16; ++j) sums[j] = plus_products(sums[j], queries, columns[e * 16 + j]);
     }
+    for (long j = 0; j < count; ++j) to[j] = sums[j] * all(heads_.scaling);
   }
 
   // What lies behind a row's position, or before its window, it does not see.

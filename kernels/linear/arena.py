@@ -12,6 +12,17 @@ _HUGE_PAGE = 2 * 1024 * 1024
 _MADV_HUGEPAGE = 14
 
 
+def on_huge_pages(tensor: Tensor) -> Tensor:
+    """The same tensor, contiguous and not yet written to; on the CPU it will lie on huge pages where the system gives some."""
+    if platform.system() == "Linux" and tensor.device.type == "cpu":
+        begin = -(-tensor.data_ptr() // _HUGE_PAGE) * _HUGE_PAGE
+        size = tensor.data_ptr() + tensor.nbytes - begin
+        if size >= _HUGE_PAGE:
+            # A wish: where it is refused, everything works as before.
+            ctypes.CDLL(None).madvise(ctypes.c_void_p(begin), ctypes.c_size_t(size), _MADV_HUGEPAGE)
+    return tensor
+
+
 class Arena:
     """Hands out tensors of bfloat16 that lie behind one another; `num_numbers` fit.
 
@@ -22,12 +33,7 @@ class Arena:
     def __init__(self, num_numbers: int) -> None:
         room = torch.empty(num_numbers + _HUGE_PAGE // 2, dtype=torch.bfloat16)
         start = -room.data_ptr() % _HUGE_PAGE // 2
-        self._free_X = room[start : start + num_numbers]
-        if platform.system() == "Linux" and num_numbers:
-            # A wish: where it is refused, everything works as before.
-            ctypes.CDLL(None).madvise(
-                ctypes.c_void_p(self._free_X.data_ptr()), ctypes.c_size_t(num_numbers * 2), _MADV_HUGEPAGE
-            )
+        self._free_X = on_huge_pages(room[start : start + num_numbers])
 
     def take(self, num_numbers: int) -> Tensor:
         """The next `num_numbers`, from an address that is a multiple of 64 bytes where all sizes are. Raises ValueError."""
