@@ -22,10 +22,11 @@ def forward_costs(
 ) -> list[dict[str, Any]]:
     """For trees of `counts` nodes behind `context` tokens: `seconds` of the forward, `linear_s` of its linear layers alone
     (attention, norms and whatever else there is take the rest), and the bytes of their weights. All in turns, medians."""
-    rows = {count: torch.zeros(count, 1, dtype=target.dtype, device=target.device) for count in counts}
     layers = linear_layers(target.model)
     with forward_runs(target, 1, counts, context, cuda_graphs) as runs:
-        products = [_all_products(layers, rows[count]) for count in counts]
+        products = [
+            _all_products(layers, torch.zeros(count, 1, dtype=target.dtype, device=target.device)) for count in counts
+        ]
         seconds = in_turns([*runs, *products], target.device, repeats)
     num_bytes = sum(size for _, _, size in layers)
     return [
@@ -69,6 +70,7 @@ def linear_layers(model: nn.Module) -> list[Layer]:
             product = module.product
             if id(product) not in known:
                 known.add(id(product))
+                # Packed targets are bfloat16.
                 found.append(
                     (product.weight.multiply, product.in_features, 2 * sum(product.sizes) * product.in_features)
                 )
@@ -79,6 +81,7 @@ def linear_layers(model: nn.Module) -> list[Layer]:
 
 
 def _all_products(layers: Sequence[Layer], rows_N1: Tensor) -> Callable[[], object]:
+    """Every layer once, for as many rows as `rows_N1` has."""
     inputs = {size: rows_N1.expand(-1, size).contiguous().normal_() for _, size, _ in layers}
 
     @torch.inference_mode()

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from specdec.int_tensor import int_tensor
+from specdec.kernels.huge_pages import on_huge_pages
 from specdec.kernels.kv_write import kv_write
-from specdec.kernels.linear.arena import on_huge_pages
 from specdec.kernels.path_commit import path_commit
 from specdec.pages import PagePool, PageTable
 

@@ -13,6 +13,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply
 
 from specdec import PagedModel
 from specdec.drafters.heads import EagleConfig, EagleHead, MedusaConfig, MedusaHeads
+from specdec.drafters.heads.formats import save_head
 
 
 def dense_eagle(head: EagleHead, embeddings: Tensor, features: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
@@ -138,3 +139,10 @@ def learn_eagle(target: PagedModel, config: EagleConfig, texts: Seq[Seq[int]], s
         loss.backward()
         optimiser.step()
     return head.eval()
+
+
+def save_target_and_head(tiny, tokenizer) -> None:
+    """A target and an EAGLE head for it, in the folders `target` and `head` of the working directory."""
+    tiny(vocab_size=len(tokenizer)).save_pretrained("target")
+    tokenizer.save_pretrained("target")
+    save_head(EagleHead(eagle_config(PagedModel.load("target"), 3, draft_vocab_size=40)), "head")

@@ -8,12 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from head_cases import eagle_config
+from head_cases import save_target_and_head
 from torch import nn
 
 from specdec import cli
-from specdec.drafters.heads import EagleHead
-from specdec.drafters.heads.formats import save_head
 from specdec.experiments.cost_measures import forward_costs, linear_layers
 from specdec.experiments.gpu_measures import in_turns
 from specdec.kernels.linear import can_pack
@@ -23,9 +21,7 @@ from specdec.model import PagedModel
 @pytest.fixture
 def words(tiny, tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.chdir(tmp_path)
-    tiny(vocab_size=len(tokenizer)).save_pretrained("target")
-    tokenizer.save_pretrained("target")
-    save_head(EagleHead(eagle_config(PagedModel.load("target"), 3, draft_vocab_size=40)), "head")
+    save_target_and_head(tiny, tokenizer)
     return ["costs", "target=hf", "target.path=target", "repeats=1", "contexts=[8,1000,16]", "num_nodes=[2,1]"]
 
 

@@ -6,13 +6,10 @@ import json
 from pathlib import Path
 
 import pytest
-from head_cases import eagle_config
+from head_cases import save_target_and_head
 
 from specdec import cli
-from specdec.drafters.heads import EagleHead
-from specdec.drafters.heads.formats import save_head
 from specdec.experiments.endings import Ending, Endings
-from specdec.model import PagedModel
 
 TEXTS = [" the", "re", "\n", "12", ".", " cat"]
 
@@ -52,9 +49,7 @@ def test_a_leaf_above_the_deepest_level_is_the_trees_own_end() -> None:
 @pytest.fixture
 def words(tiny, tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.chdir(tmp_path)
-    tiny(vocab_size=len(tokenizer)).save_pretrained("target")
-    tokenizer.save_pretrained("target")
-    save_head(EagleHead(eagle_config(PagedModel.load("target"), 3, draft_vocab_size=40)), "head")
+    save_target_and_head(tiny, tokenizer)
     Path("prompts.txt").write_text("abcabc\nthe cat\n")
     return ["limits", "target=hf", "target.path=target", "prompt_file=prompts.txt", "sampling.max_new_tokens=12"]
 

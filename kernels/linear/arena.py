@@ -2,25 +2,10 @@
 
 from __future__ import annotations
 
-import ctypes
-import platform
-
 import torch
 from torch import Tensor
 
-_HUGE_PAGE = 2 * 1024 * 1024
-_MADV_HUGEPAGE = 14
-
-
-def on_huge_pages(tensor: Tensor) -> Tensor:
-    """The same tensor, contiguous and not yet written to; on the CPU it will lie on huge pages where the system gives some."""
-    if platform.system() == "Linux" and tensor.device.type == "cpu":
-        begin = -(-tensor.data_ptr() // _HUGE_PAGE) * _HUGE_PAGE
-        size = tensor.data_ptr() + tensor.nbytes - begin
-        if size >= _HUGE_PAGE:
-            # A wish: where it is refused, everything works as before.
-            ctypes.CDLL(None).madvise(ctypes.c_void_p(begin), ctypes.c_size_t(size), _MADV_HUGEPAGE)
-    return tensor
+from specdec.kernels.huge_pages import HUGE_PAGE, on_huge_pages
 
 
 class Arena:
@@ -31,8 +16,8 @@ class Arena:
     """
 
     def __init__(self, num_numbers: int) -> None:
-        room = torch.empty(num_numbers + _HUGE_PAGE // 2, dtype=torch.bfloat16)
-        start = -room.data_ptr() % _HUGE_PAGE // 2
+        room = torch.empty(num_numbers + HUGE_PAGE // 2, dtype=torch.bfloat16)
+        start = -room.data_ptr() % HUGE_PAGE // 2
         self._free_X = on_huge_pages(room[start : start + num_numbers])
 
     def take(self, num_numbers: int) -> Tensor:
