@@ -151,9 +151,13 @@ class _Session:
             "tau": metrics.tau,
             "tokens_per_s": metrics.tokens_per_s,
             "ttft_s": metrics.ttft_s,
+            "itl_p50_s": metrics.itl_p50_s,
+            "itl_p95_s": metrics.itl_p95_s,
+            "itl_p99_s": metrics.itl_p99_s,
             "num_drafted": metrics.num_drafted,
             "drafted_by_depth": metrics.drafted_by_depth,
             "accepted_by_depth": metrics.accepted_by_depth,
+            "acceptance_by_depth": metrics.acceptance_by_depth,
             **self.labels,
         }
         if result.logprobs is not None:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 
 from specdec.engine import Engine
-from specdec.metrics import StepTimes
+from specdec.metrics import StepTimes, acceptance, added
 from specdec.request import Result, Token, encode
 from specdec.sampling import SamplingParams
 
@@ -55,8 +55,7 @@ class Measurement:
     @property
     def acceptance(self) -> list[float]:
         """Per depth, the share of the trees that reached it whose accepted path did."""
-        pairs = zip(self.accepted_by_depth, self.drafted_by_depth, strict=True)
-        return [accepted / drafted for accepted, drafted in pairs if drafted]
+        return acceptance(self.accepted_by_depth, self.drafted_by_depth)
 
     def add(self, results: Sequence[Result], times: StepTimes) -> None:
         """Takes in prompts that were decoded together, and the time their steps took."""
@@ -67,8 +66,8 @@ class Measurement:
             self.num_target_forwards += metrics.num_target_forwards
             self.num_drafted += metrics.num_drafted
             self.ttft_s += metrics.ttft_s
-            _add_counts(self.drafted_by_depth, metrics.drafted_by_depth)
-            _add_counts(self.accepted_by_depth, metrics.accepted_by_depth)
+            self.drafted_by_depth = added(self.drafted_by_depth, metrics.drafted_by_depth)
+            self.accepted_by_depth = added(self.accepted_by_depth, metrics.accepted_by_depth)
         self.seconds += max(r.metrics.end_s for r in results) - min(r.metrics.start_s for r in results)
         for name, phase in PHASES.items():
             self.phases[name] += getattr(times, phase)
@@ -102,9 +101,3 @@ def warm_up(engine: Engine, prompt: str | list[int], chat: bool) -> None:
     token_ids = encode(engine.target, prompt, chat)[:64]
     engine.generate([token_ids], SamplingParams(max_new_tokens=16, ignore_eos=True, seed=0))
     engine.prefixes.evict(engine.prefixes.num_idle)
-
-
-def _add_counts(total: list[int], counts: Sequence[int]) -> None:
-    total += [0] * (len(counts) - len(total))
-    for depth, count in enumerate(counts):
-        total[depth] += count

@@ -115,6 +115,7 @@ class Engine:
             self._scheduler.remove(request)
             request.end("cancelled")
             self._counts.num_cancelled += 1
+            self._counts.count_ended(request.metrics)
 
     @property
     def is_idle(self) -> bool:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
+from itertools import zip_longest
+
+from specdec.latency import inter_token_gaps, percentile
 
 
 @dataclass
@@ -54,6 +58,24 @@ class RequestMetrics:
         """New tokens per second, the prompt's forward included."""
         return self.num_new_tokens / self.total_s if self.total_s > 0 else 0.0
 
+    @property
+    def itl_p50_s(self) -> float | None:
+        """Median time between tokens, those of one step sharing the time before it; None where only one step emitted any."""
+        return self._gap_s(50)
+
+    @property
+    def itl_p95_s(self) -> float | None:
+        return self._gap_s(95)
+
+    @property
+    def itl_p99_s(self) -> float | None:
+        return self._gap_s(99)
+
+    @property
+    def acceptance_by_depth(self) -> list[float]:
+        """See `acceptance`."""
+        return acceptance(self.accepted_by_depth, self.drafted_by_depth)
+
     def count_tree(self, depth: int, accepted: int, num_nodes: int) -> None:
         """One verified tree of `num_nodes` nodes that reached `depth`, `accepted` drafted tokens of it kept."""
         self.num_target_forwards += 1
@@ -62,6 +84,10 @@ class RequestMetrics:
             counts += [0] * (depth - len(counts))
             for d in range(reached):
                 counts[d] += 1
+
+    def _gap_s(self, percent: float) -> float | None:
+        gaps = inter_token_gaps(self.emissions)
+        return percentile(gaps, percent) if gaps else None
 
 
 @dataclass
@@ -91,7 +117,8 @@ class EngineMetrics:
     `num_prompt_tokens` counts each prompt once, when it is first run, and `num_prefix_tokens` the positions of it that came
     from shared pages then; `num_prefill_tokens` are those computed in prompt chunks, after a preemption once more;
     `num_computed_tokens` are all tokens that went through the target, trees included. Pages as they stand: in all, held by
-    anybody, held by the prefix cache, and of these the ones that nobody uses.
+    anybody, held by the prefix cache, and of these the ones that nobody uses. Trees by depth are those of requests that have
+    ended, in whatever way.
     """
 
     max_batch_size: int
@@ -111,9 +138,34 @@ class EngineMetrics:
     num_used_pages: int = 0
     num_prefix_pages: int = 0
     num_idle_prefix_pages: int = 0
+    drafted_by_depth: list[int] = field(default_factory=list)
+    accepted_by_depth: list[int] = field(default_factory=list)
     times: StepTimes = field(default_factory=StepTimes)
 
     @property
     def occupancy(self) -> float:
         """Mean share of the `max_batch_size` places that were taken in a step."""
         return self.num_sequence_steps / (self.num_steps * self.max_batch_size) if self.num_steps else 0.0
+
+    @property
+    def acceptance_by_depth(self) -> list[float]:
+        """See `acceptance`."""
+        return acceptance(self.accepted_by_depth, self.drafted_by_depth)
+
+    def count_ended(self, request: RequestMetrics) -> None:
+        """Takes in the trees of a request that has ended."""
+        # New lists, since other threads may be reading the old ones.
+        self.drafted_by_depth = added(self.drafted_by_depth, request.drafted_by_depth)
+        self.accepted_by_depth = added(self.accepted_by_depth, request.accepted_by_depth)
+
+
+def added(counts: Seq[int], others: Seq[int]) -> list[int]:
+    """Depth by depth; what is not there counts as 0."""
+    return [one + other for one, other in zip_longest(counts, others, fillvalue=0)]
+
+
+def acceptance(accepted_by_depth: Seq[int], drafted_by_depth: Seq[int]) -> list[float]:
+    """Per depth, from 1 on, the share of the trees that reached it whose accepted path did."""
+    # While an engine counts a request in another thread, one list may be longer than the other already.
+    pairs = zip(accepted_by_depth, drafted_by_depth, strict=False)
+    return [accepted / drafted for accepted, drafted in pairs]

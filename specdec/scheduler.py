@@ -86,6 +86,7 @@ class Scheduler:
             if request.result is not None:
                 self.remove(request)
                 self._metrics.num_finished += 1
+                self._metrics.count_ended(request.metrics)
 
     def abandon(self, step: Plan | None) -> None:
         """Takes out the requests of a step that broke off (None: all that hold pages, for it was still being planned), since
@@ -99,6 +100,7 @@ class Scheduler:
                     self._metrics.num_failed += 1
                 else:
                     self._metrics.num_finished += 1
+                self._metrics.count_ended(request.metrics)
             elif ids is None:
                 # One that was about to begin may have found a prefix already.
                 self._release(request)

@@ -28,6 +28,12 @@ ROW_FIELDS = {
     "tau",
     "tokens_per_s",
     "ttft_s",
+    "itl_p50_s",
+    "itl_p95_s",
+    "itl_p99_s",
+    "drafted_by_depth",
+    "accepted_by_depth",
+    "acceptance_by_depth",
 }
 RESULT_FIELDS = set(
     """experiment system target drafter policy rule num_nodes prompts temperature batch_size dtype device tau tokens_per_s
@@ -213,6 +219,9 @@ def test_single_prompt_streams_its_text_and_ends_with_a_table(run) -> None:
     assert out.startswith(row["text"] + "\n")
     assert set(row["plain"]) == {"token_ids", "tokens_per_s", "ttft_s"}
     assert row["plain"]["token_ids"] == row["token_ids"] and len(row["token_ids"]) <= 12
+    assert 0 < row["itl_p50_s"] <= row["itl_p95_s"] <= row["itl_p99_s"]
+    pairs = zip(row["accepted_by_depth"], row["drafted_by_depth"], strict=True)
+    assert row["acceptance_by_depth"] == [accepted / drafted for accepted, drafted in pairs] != []
     assert row["target"] == "target" and row["policy"] == "top_k(total=16, depth=5, k=4)" and row["seed"] == 0
     for name in (
         "tau",

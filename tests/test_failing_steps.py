@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import zip_longest
 
 import pytest
 from serving_cases import is_clean
@@ -119,6 +120,10 @@ def test_what_was_in_the_step_is_gone_and_the_others_go_on(tiny, alone, monkeypa
     assert is_clean(engine)
     metrics = engine.metrics
     assert metrics.num_requests == metrics.num_finished + metrics.num_cancelled + metrics.num_failed
+    # Each request's trees count once, however it ended.
+    for name in ("drafted_by_depth", "accepted_by_depth"):
+        own = [getattr(handle.metrics, name) for handle in (*handles, *again)]
+        assert getattr(metrics, name) == [sum(place) for place in zip_longest(*own, fillvalue=0)] != []
 
 
 @pytest.mark.parametrize("place", ["first emission", "emit", "before observe", "observe"])
