@@ -108,12 +108,15 @@ def crossover(points: Seq[tuple[float, float]]) -> float | None:
 
 
 def _medians(runs: Seq[Mapping[str, Any]]) -> dict[str, Any]:
-    """Key by key, over the runs that know it; counts stay whole."""
+    """Key by key, over the runs that know it; counts stay whole, and lists go place by place over those that are so long."""
     found: dict[str, Any] = {}
     for key in dict.fromkeys(key for run in runs for key in run):
         values = [run[key] for run in runs if run.get(key) is not None]
         if not values:
             found[key] = None
+        elif isinstance(values[0], list):
+            places = itertools.zip_longest(*values)
+            found[key] = [statistics.median(one for one in place if one is not None) for place in places]
         elif all(isinstance(one, int) for one in values):
             found[key] = round(statistics.median(values))
         else:

@@ -47,6 +47,7 @@ class EngineServer:
         metrics, times = self.engine.metrics, self.engine.metrics.times
         return {
             "tau": self._tau,
+            "acceptance_by_depth": metrics.acceptance_by_depth,
             "occupancy": metrics.occupancy,
             "num_steps": metrics.num_steps,
             "num_prompt_tokens": metrics.num_prompt_tokens,

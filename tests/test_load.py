@@ -28,7 +28,7 @@ FIELDS = set(
     """experiment system target drafter policy rule num_nodes prompts temperature dtype device tau tokens_per_s
     plain_tokens_per_s speedup efficiency lossless command revision versions date concurrency rate speculation ttft_p50_s
     ttft_p95_s itl_p50_s itl_p95_s itl_p99_s occupancy prefix_hit_rate num_prompt_tokens_computed num_preemptions draft_share
-    verify_share accept_share other_share num_compared num_differing""".split()  # noqa: SIM905
+    acceptance_by_depth verify_share accept_share other_share num_compared num_differing""".split()  # noqa: SIM905
 )
 SHARES = [True, False]
 PROMPTS = [[5, 6, 7] * 4, [9, 10], [11, 12, 13, 14, 15], [5, 6, 7] * 4, [20] * 9]
@@ -74,6 +74,9 @@ def test_every_server_says_what_plain_decoding_says(kind: str, tiny, texts) -> N
     if kind in ("plain", "fixed"):
         assert cost["num_prompt_tokens"] == 2 * sum(map(len, PROMPTS)) and 0 < cost["occupancy"] <= 1
         assert sum(cost[f"{name}_share"] for name in ("draft", "verify", "accept", "other")) == pytest.approx(1)
+        # Every request has ended; a tree is three levels deep at most.
+        shares = cost["acceptance_by_depth"]
+        assert len(shares) <= 3 and all(0 <= share <= 1 for share in shares) and any(shares) == (kind == "fixed")
     server.close()
 
 

@@ -218,6 +218,14 @@ def test_a_run_is_measured_from_the_load_to_the_last_token() -> None:
         LoadRun.of([], {})
 
 
+def test_shares_by_depth_are_medians_of_the_runs_that_came_so_deep() -> None:
+    shares = [[0.5, 0.4], [0.7], [], [0.8, 0.2, 0.1]]
+    runs = [LoadRun(1.0, 1, {}, {"acceptance_by_depth": one}, {"0": [1]}) for one in shares]
+    row = load_row([*runs, LoadRun(1.0, 1, {}, {}, {"0": [1]})], None, {})
+    assert row["acceptance_by_depth"] == pytest.approx([0.7, 0.3, 0.1])
+    assert load_row(runs[2:3], None, {})["acceptance_by_depth"] == []
+
+
 @pytest.mark.parametrize(
     ("points", "expected"),
     [
