@@ -95,9 +95,20 @@ class _EngineCollector(Collector):
             "computed_tokens": ("Tokens that went through the target, trees included", metrics.num_computed_tokens),
             "output_tokens": ("Tokens emitted", metrics.num_output_tokens),
             "preemptions": ("Requests put back for want of pages", metrics.num_preemptions),
+            "requests_cancelled": ("Requests that were cancelled in the engine", metrics.num_cancelled),
+            "requests_failed": ("Requests whose step failed", metrics.num_failed),
         }
         for name, (text, value) in counts.items():
             yield CounterMetricFamily(f"specdec_{name}", text, value)
+        trees = {
+            "drafted_by_depth": ("Trees of ended requests that reached a depth", metrics.drafted_by_depth),
+            "accepted_by_depth": ("Those of them whose accepted path did", metrics.accepted_by_depth),
+        }
+        for name, (text, by_depth) in trees.items():
+            family = CounterMetricFamily(f"specdec_{name}", text, labels=("depth",))
+            for depth, value in enumerate(by_depth, 1):
+                family.add_metric((str(depth),), value)
+            yield family
         times = metrics.times
         seconds = CounterMetricFamily("specdec_step_seconds", "Where steps spend their time", labels=("part",))
         for part in ("draft", "forward", "accept", "other"):

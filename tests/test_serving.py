@@ -603,20 +603,25 @@ def test_a_failed_step_is_told_and_survived(target) -> None:
         assert status == 503 and body["error"]["code"] == "engine_dead" and "retry-after" in headers
 
 
-def test_health_and_metrics(target) -> None:
+def samples_of(text: str) -> dict[tuple[str, ...], float]:
+    """The values of Prometheus' text by name and labels."""
     from prometheus_client.parser import text_string_to_metric_families
 
+    return {
+        (sample.name, *sorted(sample.labels.values())): sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+    }
+
+
+def test_health_and_metrics(target) -> None:
     with serve(target, max_batch_size=2) as served:
         assert served.request("GET", "/health")[2] == {"status": "running", "open_requests": 0, "error": None}
         served.client.completions.create(model=MODEL, prompt="abcabc", n=2, max_tokens=9, extra_body=OURS)
         served.post("/v1/completions", b"{")
         status, headers, text = served.request("GET", "/metrics")
         assert status == 200 and headers["content-type"].startswith("text/plain")
-        samples = {
-            (sample.name, *sorted(sample.labels.values())): sample.value
-            for family in text_string_to_metric_families(text)
-            for sample in family.samples
-        }
+        samples = samples_of(text)
         assert samples["specdec_output_tokens_total",] == 18 and samples["specdec_requests_open",] == 0
         assert samples["specdec_requests_finished_total", "length"] == 2
         assert samples["specdec_http_responses_total", "/v1/completions", "200"] == 1
@@ -627,6 +632,40 @@ def test_health_and_metrics(target) -> None:
         assert samples["specdec_step_seconds_total", "forward"] > 0
         pages = {use: samples["specdec_pages", use] for use in ("running", "prefix", "free")}
         assert pages["running"] == 0 and sum(pages.values()) == served.engine.pool.num_pages
+
+
+def test_metrics_tell_how_requests_ended_and_how_deep_drafts_were_right(target) -> None:
+    with serve(target, max_batch_size=2) as served:
+        before = samples_of(served.request("GET", "/metrics")[2])
+        assert before["specdec_requests_cancelled_total",] == before["specdec_requests_failed_total",] == 0
+        # A greedy text of a tiny model repeats itself, so lookup is right.
+        options = {"model": MODEL, "prompt": "abcabc", "temperature": 0, "extra_body": OURS}
+        served.client.completions.create(**options, max_tokens=60)
+        served.gate.close()
+        raw = served.connect({**COMPLETION, "max_tokens": 200, "ignore_eos": True})
+        eventually(lambda: served.gate.num_held == 1)
+        raw.close()
+        eventually(lambda: served.front._inbox, "the cancellation reaches the engine")
+        served.gate.open()
+        eventually(lambda: served.front.num_open == 0)
+        verify = served.engine.verifier.verify
+
+        def broken(*args, **kwargs):  # type: ignore[no-untyped-def]
+            served.engine.verifier.verify = verify
+            raise RuntimeError("planted")
+
+        served.engine.verifier.verify = broken
+        with pytest.raises(openai.InternalServerError, match="planted"):
+            served.client.completions.create(**options)
+        samples = samples_of(served.request("GET", "/metrics")[2])
+        finished = samples["specdec_requests_finished_total", "length"]
+        cancelled, failed = (samples[f"specdec_requests_{how}_total",] for how in ("cancelled", "failed"))
+        assert (finished, cancelled, failed) == (1, 1, 1)
+        for name in ("drafted_by_depth", "accepted_by_depth"):
+            found = {key[1]: value for key, value in samples.items() if key[0] == f"specdec_{name}_total"}
+            counts = getattr(served.engine.metrics, name)
+            assert found == {str(depth): count for depth, count in enumerate(counts, 1)}
+        assert samples["specdec_accepted_by_depth_total", "1"] > 0
 
 
 def test_shutdown_lets_requests_end(target, alone: Engine) -> None:
