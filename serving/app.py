@@ -17,6 +17,7 @@ from specdec.async_engine import AsyncEngine
 from specdec.provenance import versions
 from specdec.request import Prompt, Result
 from specdec.sampling import SamplingParams
+from specdec.serving.bodies import BodyReader, described
 from specdec.serving.connection import BodyLimit, EventStream, while_connected
 from specdec.serving.monitor import Monitor
 from specdec.serving.refusals import Refusal, install, refusal_of
@@ -41,6 +42,7 @@ def create_app(front: AsyncEngine, model: str, defaults: SamplingParams | None =
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         yield
         await front.close()
+        service.bodies.close()
 
     app = FastAPI(title="specdec", version=versions()["specdec"], lifespan=lifespan)
     install(app)
@@ -48,13 +50,17 @@ def create_app(front: AsyncEngine, model: str, defaults: SamplingParams | None =
     app.add_middleware(service.monitor.counting)
     app.state.service = service
 
-    @app.post("/v1/completions")
-    async def completions(body: CompletionRequest, request: Request) -> Response:
-        return await service.complete(body, request)
+    @app.post("/v1/completions", openapi_extra=described("/v1/completions", CompletionRequest))
+    async def completions(request: Request) -> Response:
+        return await service.complete(await service.bodies.read(CompletionRequest, request), request)
 
-    @app.post("/v1/chat/completions")
-    async def chat_completions(body: ChatRequest, request: Request) -> Response:
-        return await service.chat(body, request)
+    @app.post("/v1/chat/completions", openapi_extra=described("/v1/chat/completions", ChatRequest))
+    async def chat_completions(request: Request) -> Response:
+        return await service.chat(await service.bodies.read(ChatRequest, request), request)
+
+    @app.exception_handler(ClientDisconnect)
+    async def gone(request: Request, error: ClientDisconnect) -> Response:
+        return Response(status_code=CLIENT_GONE)
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
@@ -84,7 +90,7 @@ class _Service:
         target = front.engine.target
         known = versions()
         self.tokenizer, self.texts = target.tokenizer, TokenTexts(target.tokenizer)
-        self.monitor = Monitor(front, known)
+        self.monitor, self.bodies = Monitor(front, known), BodyReader()
         names = ("specdec", "torch", "transformers")
         self.fingerprint = "_".join(f"{name}-{known[name]}" for name in names)
         self.card = {
@@ -136,7 +142,7 @@ class _Service:
             finally:
                 tokens.cancel()
         except ClientDisconnect:
-            return Response(status_code=CLIENT_GONE)
+            raise
         except Exception as error:
             refusal = refusal_of(error, list(type(body).model_fields))
             if refusal.status == 500:

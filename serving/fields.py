@@ -23,7 +23,14 @@ def _refuse(message: str) -> PydanticCustomError:
 
 def _is_text(value: object) -> bool:
     """Whether it is a string of whole characters; JSON can spell halves of them, which no tokenizer takes."""
-    return isinstance(value, str) and not any("\ud800" <= char <= "\udfff" for char in value)
+    if not isinstance(value, str):
+        return False
+    try:
+        # Much quicker than looking at each.
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def check_prompt(value: object) -> object:

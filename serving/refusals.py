@@ -8,8 +8,8 @@ from collections.abc import Sequence as Seq
 from typing import Any
 
 from fastapi import FastAPI, Request
-from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 
 from specdec.async_engine import EngineClosed, EngineDead, QueueFull, StepFailed
@@ -64,12 +64,10 @@ def refusal_of(error: Exception, params: Seq[str] = ()) -> Refusal:
     return Refusal(f"internal error: {type(error).__name__}: {message}", status=500)
 
 
-def of_validation(error: RequestValidationError) -> Refusal:
+def of_validation(error: ValidationError) -> Refusal:
     """The first thing that is wrong with a body, and the value that is."""
     first = error.errors()[0]
-    kind, (_, *place) = first["type"], first["loc"]
-    if kind == "json_invalid":
-        return Refusal(f"the body is not JSON: {first['ctx']['error']} at character {place[0]}")
+    kind, place = first["type"], first["loc"]
     if not place:
         return Refusal("the body must be a JSON object, sent with Content-Type: application/json")
     param = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place).lstrip(".")
@@ -93,10 +91,6 @@ def install(app: FastAPI) -> None:
         logger.error("a step failed", exc_info=error)
         return refusal_of(error).response
 
-    async def invalid(request: Request, error: Exception) -> JSONResponse:
-        assert isinstance(error, RequestValidationError)
-        return of_validation(error).response
-
     async def http(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, HTTPException)
         message = f"{request.method} {request.url.path}: {error.detail}"
@@ -105,7 +99,6 @@ def install(app: FastAPI) -> None:
         return response
 
     app.add_exception_handler(Refusal, refused)
-    app.add_exception_handler(RequestValidationError, invalid)
     app.add_exception_handler(HTTPException, http)
     app.add_exception_handler(StepFailed, failed)
     app.add_exception_handler(Exception, refused)

@@ -6,7 +6,7 @@ import hashlib
 from dataclasses import replace
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, SkipValidation, model_validator
 
 from specdec.sampling import SamplingParams
 from specdec.serving.fields import Body, check_bias, check_content, check_prompt, check_stop
@@ -83,7 +83,8 @@ class _Generation(Body):
     min_p: float | None = None
     repetition_penalty: float | None = None
     ignore_eos: bool | None = None
-    stop_token_ids: list[int] | None = None
+    # Only the first mistake is told, and millions of them would have to be listed.
+    stop_token_ids: list[int] | None = Field(None, fail_fast=True)
     return_token_ids: bool = False
 
     @property
@@ -123,7 +124,8 @@ class _Generation(Body):
 class CompletionRequest(_Generation):
     """The body of /v1/completions."""
 
-    prompt: Annotated[str | list[str] | list[int] | list[list[int]], BeforeValidator(check_prompt)]
+    # Checked whole already: pydantic would try every form, and hold the interpreter meanwhile.
+    prompt: Annotated[str | list[str] | list[int] | list[list[int]], SkipValidation, BeforeValidator(check_prompt)]
     logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     echo: bool = False
 
@@ -149,7 +151,7 @@ class CompletionRequest(_Generation):
 class ChatRequest(_Generation):
     """The body of /v1/chat/completions."""
 
-    messages: list[Message] = Field(min_length=1)
+    messages: list[Message] = Field(min_length=1, fail_fast=True)
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool = False
     top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)

@@ -7,6 +7,7 @@ import contextlib
 import http.client
 import json
 import random
+import re
 import socket
 import struct
 import threading
@@ -17,12 +18,13 @@ from dataclasses import dataclass, field
 
 import openai
 import pytest
+from pydantic import ValidationError
 from serving_cases import DEADLINE_S, Gate, eventually, is_clean, make_engine
 
 from specdec import Engine, PagedModel, SamplingParams
 from specdec.async_engine import AsyncEngine
-from specdec.serving import Server, create_app
-from specdec.serving.requests import seed_of
+from specdec.serving import Server, bodies, create_app
+from specdec.serving.requests import ChatRequest, CompletionRequest, seed_of
 from specdec.serving.server import address, bind
 
 MODEL = "tiny"
@@ -453,6 +455,91 @@ def test_other_refusals_have_the_same_shape(served: Served) -> None:
     huge = json.dumps({**COMPLETION, "prompt": "a" * (17 * 1024 * 1024)}).encode()
     status, _, answer = served.post("/v1/completions", huge)
     assert status == 413 and "send less at once" in answer["error"]["message"]
+
+
+def test_a_large_body_is_read_while_others_are_answered(served: Served, monkeypatch) -> None:
+    threads, permitted = [], threading.Event()
+
+    def held(kind: type, data: bytes) -> object:
+        threads.append(threading.current_thread().name)
+        if len(data) > bodies.SMALL_BYTES:
+            assert permitted.wait(DEADLINE_S), "nobody else was answered"
+        return parse(kind, data)
+
+    parse = bodies.parse
+    monkeypatch.setattr(bodies, "parse", held)
+    small = {**COMPLETION, "seed": 16, "max_tokens": 4}
+    # Spaces behind the value are JSON, too.
+    large = json.dumps(small).encode() + b" " * bodies.SMALL_BYTES
+    with ThreadPoolExecutor(2) as pool:
+        try:
+            answers = [pool.submit(served.post, "/v1/completions", body) for body in (large, large + b"x")]
+            eventually(lambda: threads)
+            text = served.post("/v1/completions", small)[2]["choices"][0]["text"]
+            streamed = list(served.client.completions.create(**small, stream=True))
+        finally:
+            permitted.set()
+        (status, _, answer), (wrong_status, _, wrong) = (one.result() for one in answers)
+    assert "".join(chunk.choices[0].text for chunk in streamed) == text
+    assert status == 200 and answer["choices"][0]["text"] == text
+    assert wrong_status == 400 and "not JSON" in wrong["error"]["message"]
+    own = [name for name in threads if name.startswith("specdec-bodies")]
+    assert len(own) == 2 and len(threads) == 4
+
+
+def test_a_client_that_leaves_before_its_body_is_read_is_not_answered(served: Served, monkeypatch) -> None:
+    begun, permitted, parse = threading.Event(), threading.Event(), bodies.parse
+
+    def held(kind: type, data: bytes) -> object:
+        begun.set()
+        assert permitted.wait(DEADLINE_S), "the server did not notice"
+        return parse(kind, data)
+
+    def gone() -> float:
+        return samples_of(served.request("GET", "/metrics")[2]).get(
+            ("specdec_http_responses_total", "/v1/completions", "499"), 0
+        )
+
+    monkeypatch.setattr(bodies, "parse", held)
+    before, num_requests = gone(), served.engine.metrics.num_requests
+    try:
+        raw = served.connect({**COMPLETION, "prompt": "a" * bodies.SMALL_BYTES})
+        assert begun.wait(DEADLINE_S)
+        raw.close()
+        eventually(lambda: gone() == before + 1)
+    finally:
+        permitted.set()
+    assert served.engine.metrics.num_requests == num_requests
+
+
+def test_one_mistake_among_many_is_told() -> None:
+    """Millions of them would have to be listed."""
+    wrong = [
+        (ChatRequest, {**CHAT, "messages": [1, 2]}),
+        (CompletionRequest, {**COMPLETION, "stop_token_ids": ["a", "b"]}),
+    ]
+    for kind, body in wrong:
+        with pytest.raises(ValidationError) as caught:
+            kind.model_validate(body)
+        assert caught.value.error_count() == 1
+
+
+def test_the_docs_describe_the_bodies(served: Served) -> None:
+    status, _, found = served.request("GET", "/openapi.json")
+    assert status == 200
+
+    def resolve(place: str) -> dict:
+        here = found
+        for name in place.removeprefix("#/").split("/"):
+            here = here[name.replace("~1", "/")]
+        return here
+
+    named = {"/v1/completions": ("prompt", "StreamOptions"), "/v1/chat/completions": ("messages", "Message")}
+    for path, (required, other) in named.items():
+        schema = found["paths"][path]["post"]["requestBody"]["content"]["application/json"]["schema"]
+        assert required in schema["required"] and schema["additionalProperties"] is False
+        places = re.findall(r'"\$ref": "([^"]+)"', json.dumps(schema))
+        assert other in {resolve(place)["title"] for place in places}
 
 
 def test_too_many_samples_are_refused_before_they_are_made(served: Served) -> None:
