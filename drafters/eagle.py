@@ -20,7 +20,6 @@ from specdec.drafters.heads.source import HeadSource, resolve
 from specdec.drafters.levels import LevelDrafter, LevelRound, Span
 from specdec.drafters.network import NextLogits, fitted
 from specdec.drafters.vocabulary import drafting
-from specdec.int_tensor import int_tensor
 from specdec.interfaces import Commit
 from specdec.kernels.cpu import GrowingRoot, GrownTrees
 from specdec.kernels.tree_attention import AttentionPlan, tree_attention
@@ -263,9 +262,7 @@ def growing_root(table: PageTable, num_entries: int, limit: int) -> GrowingRoot:
     first = table.first_slot
     if first is not None:
         return GrowingRoot(limit, num_entries - 1, num_entries, first, None)
-    size = table.pool.page_size
-    slots = (int_tensor(table.pages)[:, None] * size + torch.arange(size)).flatten()
-    return GrowingRoot(limit, num_entries - 1, num_entries, None, slots)
+    return GrowingRoot(limit, num_entries - 1, num_entries, None, table.slots("cpu"))
 
 
 def _grown(trees: GrownTrees, roots_B: Tensor, vocab_size: int) -> Grown:

@@ -15,7 +15,6 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from specdec.attention import ATTENTION_NAME, TreeContext, UnsupportedModelError, register
 from specdec.decoder import FastDecoder, NotServed
-from specdec.int_tensor import int_tensor
 from specdec.interfaces import ForwardResult
 from specdec.kernels.cpu import can_run
 from specdec.kernels.tree_attention import AttentionPlan, SequencePlan
@@ -268,12 +267,7 @@ def plan_attention(segments: Seq[Segment], device: torch.device) -> AttentionPla
         tail_positions = segment.positions_Q if segment.tail_positions_M is None else segment.tail_positions_M
         keys = segment.visible_len + len(tail_positions)
         assert keys <= segment.table.capacity, f"{keys} keys do not fit {segment.table.capacity} reserved slots"
-        first, size = segment.table.first_slot, segment.table.pool.page_size
-        if first is None:
-            pages = int_tensor(segment.table.pages, device)
-            own = (pages[:, None] * size + torch.arange(size, device=device)).flatten()[:keys]
-        else:
-            own = torch.arange(first, first + keys, device=device)
+        first, own = segment.table.first_slot, segment.table.slots(device)[:keys]
         plans.append(
             SequencePlan(
                 row,

@@ -1,10 +1,14 @@
-"""Page accounting: who holds which page of the KV cache. Nothing here touches a tensor."""
+"""Page accounting: who holds which page of the KV cache. Nothing here touches a key or value."""
 
 from __future__ import annotations
 
 import heapq
 from collections.abc import Iterable
 from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
 
 
 class OutOfPages(RuntimeError):
@@ -133,6 +137,8 @@ class PageTable:
         self.pool = pool
         self.pages: list[int] = []
         self._run = True
+        # Steps ask for them more often than pages change.
+        self._slots_C: Tensor | None = None
 
     @property
     def capacity(self) -> int:
@@ -144,12 +150,21 @@ class PageTable:
         """Where the table's slots start if its pages lie in one run, else None."""
         return self.pages[0] * self.pool.page_size if self.pages and self._run else None
 
+    def slots(self, device: torch.device | str) -> Tensor:
+        """The slot [C] of every position that there is room for, not to be written to; copied once for a device."""
+        device = torch.device(device)
+        if self._slots_C is None or self._slots_C.device != device:
+            size = self.pool.page_size
+            slots = np.array(self.pages, dtype=np.int64)[:, None] * size + np.arange(size)
+            self._slots_C = torch.from_numpy(slots.ravel()).to(device)
+        return self._slots_C
+
     def begin(self, pages: list[int]) -> None:
         """Begins an empty table with pages that others hold too; whoever writes to one copies it first."""
         assert not self.pages, "only an empty table begins"
         self.pool.share(pages)
         self.pages = list(pages)
-        self._run = all(b == a + 1 for a, b in zip(self.pages, self.pages[1:], strict=False))
+        self._note_change()
 
     def reserve(self, num_tokens: int, writable_from: int) -> None:
         """Holds slots for `num_tokens` positions, those from `writable_from` on shared with nobody (copy-on-write).
@@ -169,7 +184,7 @@ class PageTable:
             for i, page in zip(shared, fresh, strict=True):
                 self.pages[i] = page
         self.pages += self.pool.allocate(missing)
-        self._run = all(b == a + 1 for a, b in zip(self.pages, self.pages[1:], strict=False))
+        self._note_change()
 
     def slot(self, position: int) -> int:
         page, offset = divmod(position, self.pool.page_size)
@@ -178,7 +193,7 @@ class PageTable:
     def fork(self) -> PageTable:
         """A second table on the same pages; whoever writes first copies."""
         twin = PageTable(self.pool)
-        twin.pages, twin._run = list(self.pages), self._run
+        twin.pages, twin._run, twin._slots_C = list(self.pages), self._run, self._slots_C
         self.pool.share(twin.pages)
         return twin
 
@@ -187,8 +202,12 @@ class PageTable:
         keep = self.pool.pages_for(num_tokens)
         dropped, self.pages = self.pages[keep:], self.pages[:keep]
         self.pool.release(dropped)
-        self._run = all(b == a + 1 for a, b in zip(self.pages, self.pages[1:], strict=False))
+        self._note_change()
 
     def release(self) -> None:
         """Gives back every page."""
         self.truncate(0)
+
+    def _note_change(self) -> None:
+        self._run = all(b == a + 1 for a, b in zip(self.pages, self.pages[1:], strict=False))
+        self._slots_C = None

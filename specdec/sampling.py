@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from specdec.int_tensor import int_tensor
+from specdec.kernels import cpu
 from specdec.kernels.dispatch import use_triton
 from specdec.kernels.sampling import RowKeys, RowParams, laws, sample
 from specdec.kernels.sampling.reference import laws_reference, one_hot
@@ -265,13 +266,12 @@ class ModelLaws:
         if self._first is None:
             self._first = [0, *itertools.accumulate(self.tree.num_nodes_B.tolist())]
         places = [self._first[row] + node for row, node in zip(rows, nodes, strict=True)]
-        if len(places) == 1:
-            logits_RV = self.logits_TV[places[0] : places[0] + 1]
-        elif len(places) == len(self.logits_TV):
-            # One node of each tree and no other: they have no more.
-            logits_RV = self.logits_TV
-        else:
-            logits_RV = self.logits_TV.index_select(0, int_tensor(places, self.logits_TV.device))
+        # One node of each tree and no other: they have no more.
+        is_all = len(places) == len(self.logits_TV)
+        places_R = None if is_all else int_tensor(places, self.logits_TV.device)
+        if cpu.can_find_largest(self.logits_TV):
+            return [int(token) for token in cpu.largest(self.logits_TV, places_R).tolist()]
+        logits_RV = self.logits_TV if places_R is None else self.logits_TV.index_select(0, places_R)
         # max finds the same index as argmax, on the CPU in a third of the time.
         return [int(token) for token in logits_RV.to(self.dtype).max(-1).indices.tolist()]
 

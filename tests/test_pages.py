@@ -197,6 +197,8 @@ class Pages(RuleBasedStateMachine):
             pages = one.table.pages
             is_run = bool(pages) and pages == list(range(pages[0], pages[0] + len(pages)))
             assert one.table.first_slot == (pages[0] * self.pool.page_size if is_run else None)
+            slots = [one.table.slot(position) for position in range(one.table.capacity)]
+            assert one.table.slots("cpu").tolist() == slots
 
     @invariant()
     def everyone_reads_what_was_written(self) -> None:

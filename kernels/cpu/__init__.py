@@ -4,6 +4,7 @@ from specdec.kernels.cpu.attention import path_attention
 from specdec.kernels.cpu.blocked import BlockedWeight
 from specdec.kernels.cpu.build import NotBuilt, can_run, instruction_set, library
 from specdec.kernels.cpu.growth import GrowingRoot, GrownTrees, TreeGrower
+from specdec.kernels.cpu.largest import can_find_largest, largest
 from specdec.kernels.cpu.stack import DecoderLayer, DecoderStack, StackShape, norm, padded_rows
 
 __all__ = [
@@ -15,8 +16,10 @@ __all__ = [
     "NotBuilt",
     "StackShape",
     "TreeGrower",
+    "can_find_largest",
     "can_run",
     "instruction_set",
+    "largest",
     "library",
     "norm",
     "padded_rows",

@@ -56,6 +56,17 @@ class BlockByPairs : BlockOfRows {
 
   const bf16* at(const bf16* cache, long key) const { return cache + sequence_.slot(key) * step_; }
 
+  // 32 components from `e` on of `count` keys from `first` on, side by side; within a page no slot has to be looked up.
+  template <typename To>
+  void load_keys(const bf16* keys, long first, long count, long e, To* to) const {
+    if (sequence_.is_run(first, count)) {
+      const bf16* from = at(keys, first) + e;
+      load_columns(count, [&](long i) { return from + i * step_; }, to);
+    } else {
+      load_columns(count, [&](long i) { return at(keys, first + i) + e; }, to);
+    }
+  }
+
   // Scores [position][row] behind one another: of what all rows see, then of each row's own path.
   void score(const bf16* keys) {
     for (long p = 0; p < common_; p += 16) score_some(keys, p, common_ - p < 16 ? common_ - p : 16, scores_ + p);
@@ -78,7 +89,7 @@ class BlockByPairs : BlockOfRows {
   void score_some(const bf16* keys, long key, long count, Floats* to) const {
     alignas(64) RowPair columns[MOST_PAIRS * 16];
     for (long e = 0; e < heads_.size; e += DEPTH)
-      load_columns(count, [&](long i) { return at(keys, key + i) + e; }, (__m512i*)columns + e / 2);
+      load_keys(keys, key, count, e, (__m512i*)columns + e / 2);
     Floats sums[16];
 #pragma GCC unroll 16
     for (long j = 0; j < 16; ++j) sums[j] = all(0.0f);
@@ -154,7 +165,7 @@ class BlockByPairs : BlockOfRows {
     for (long r = 0; r < NUM; ++r) sums[r] = all(0.0f);
     for (long e = 0; e < heads_.size; e += DEPTH) {
       __m512i columns[16];
-      load_columns(count, [&](long i) { return at(keys, first + i) + e; }, columns);
+      load_keys(keys, first, count, e, columns);
       for (long i = 0; i < 16; ++i) {
         const RowPair* queries = (const RowPair*)(queries_ + e / 2 + i);
 #pragma GCC unroll 8
@@ -200,10 +211,16 @@ class BlockByPairs : BlockOfRows {
   void gather(const bf16* values, long e, long end) {
     Pairs near[2 * TILE];
     for (long from = 0; from < end; from += 2 * TILE) {
-      const long pairs = (end - from < 2 * TILE ? end - from + 1 : 2 * TILE) / 2;
-      for (long i = 0; i < pairs; ++i) {
-        const long p = from + 2 * i;
-        interleave(at(values, p) + e, p + 1 < end ? at(values, p + 1) + e : nullptr, near[2 * i], near[2 * i + 1]);
+      const long count = end - from < 2 * TILE ? end - from : 2 * TILE, pairs = (count + 1) / 2;
+      if (sequence_.is_run(from, count)) {
+        const bf16* first = at(values, from) + e;
+        for (long i = 0; i < pairs; ++i, first += 2 * step_)
+          interleave(first, 2 * i + 1 < count ? first + step_ : nullptr, near[2 * i], near[2 * i + 1]);
+      } else {
+        for (long i = 0; i < pairs; ++i) {
+          const long p = from + 2 * i;
+          interleave(at(values, p) + e, p + 1 < end ? at(values, p + 1) + e : nullptr, near[2 * i], near[2 * i + 1]);
+        }
       }
       const RowPair* weights = weights_ + from / 2 * ROWS;
       long r = 0;

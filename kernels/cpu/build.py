@@ -52,7 +52,8 @@ def library() -> ctypes.CDLL:
     library.specdec_norm.argtypes = [number, number, number, number, number, real, number, number]
     library.specdec_attend.argtypes = [number] * 8
     library.specdec_grow.argtypes = [number] * 2
-    for name in ("linear", "run", "room", "norm", "attend", "grow"):
+    library.specdec_largest.argtypes = [number] * 6
+    for name in ("linear", "run", "room", "norm", "attend", "grow", "largest"):
         getattr(library, f"specdec_{name}").restype = None
     return library
 

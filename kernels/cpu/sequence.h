@@ -11,6 +11,14 @@ struct Sequence {
   const uint8_t* tail_mask;
 
   int64_t slot(int64_t key) const { return slots ? slots[key] : first_slot + key; }
+
+  // Whether `count` keys from `first` on lie one behind another.
+  bool is_run(int64_t first, int64_t count) const {
+    if (!slots) return true;
+    bool is_run = true;
+    for (int64_t i = 1; i < count; ++i) is_run &= slots[first + i] == slots[first] + i;
+    return is_run;
+  }
 };
 
 struct Heads {
