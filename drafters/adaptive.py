@@ -99,7 +99,7 @@ class AdaptiveSpeculation:
         self._rest = self._last_rest = 0
         self._num_looks = 0
         # Whoever may not look elsewhere cannot try drafts either.
-        self._payoff, self._num_learned = Payoff() if explore else None, 0
+        self._payoff, self._num_learned = Payoff(explore) if explore else None, 0
         share = (policy.max_expanded - 1) / max(policy.max_depth - 1, 1)
         levels = np.arange(policy.max_depth + 1)
         # The root is run once; the levels behind it are taken to be alike.

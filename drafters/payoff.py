@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import statistics
+from collections import deque
 
 
 class Payoff:
@@ -10,24 +12,31 @@ class Payoff:
 
     Promises are optimistic: the best of many is chosen, and some host work has no price. So every few steps with drafts, and
     the steps between them in which drafts were looked for in vain, are held against plain decoding; if that would have been
-    quicker, nothing is drafted for some steps, each time for longer, while about as many rows run. What plain steps of about as
-    many take must have been seen not long ago.
+    quicker, nothing is drafted, while about as many rows run, until what was lost is no more than `explore` of the time. What
+    plain steps of about as many take is the median of the last few, one of them not long ago. The time of a step with prompts
+    says nothing of either, so there only drafts that have paid not long ago go on.
     """
 
     # How many steps with drafts, and of how many rows in all: a single row's luck changes from step to step.
     _FEWEST_STEPS, _FEWEST_ROWS = 3, 24
     # Or so many steps with drafts or without.
     _MOST_STEPS = 48
-    _FIRST_REST, _LONGEST_REST = 31, 127
+    # Texts change: however much was lost, drafts are tried again behind so many steps, each time behind more.
+    _SHORTEST_REST, _FIRST_REST, _LONGEST_REST = 31, 127, 511
+    # A single step's time may be anything.
+    _FEWEST_PLAIN, _MOST_PLAIN = 3, 5
     _LONGEST_UNSEEN = 64
 
-    def __init__(self) -> None:
-        # What plain steps of so many rows take against what is expected of them, as a logarithm.
-        self._error, self._plain_rows = 0.0, 0
+    def __init__(self, explore: float = 0.01) -> None:
+        self._explore = explore
+        # By about how many rows they had: what plain steps took against what was expected of them, as logarithms.
+        self._errors: dict[int, deque[float]] = {}
         self._since_plain = 0
         self._spent_s = self._plain_s = 0.0
         self._num_steps = self._num_drafted = self._num_rows = self._rest = self._rows = 0
         self._next_rest = self._FIRST_REST
+        # The rows of the last steps that were judged, if drafts paid.
+        self._proven_rows = 0
 
     @property
     def is_resting(self) -> bool:
@@ -42,20 +51,19 @@ class Payoff:
                 return True
             self._rest, self._next_rest = 0, self._FIRST_REST
         if has_prompts:
-            # Its time says nothing of either.
-            return False
+            return num_rows > 2 * self._proven_rows
         self._since_plain += 1
         return not self._has_seen(num_rows) or self._since_plain > self._LONGEST_UNSEEN
 
     def _has_seen(self, num_rows: int) -> bool:
-        return _alike(num_rows, self._plain_rows)
+        return len(self._errors.get(_size(num_rows), ())) >= self._FEWEST_PLAIN
 
     def saw_plain(self, num_rows: int, seconds: float, expected_s: float) -> None:
         """A step of `num_rows` sequences, without drafts, took so long, what was spent on looking for them left out."""
         if seconds > 0 and expected_s > 0:
-            error = math.log(seconds / expected_s)
-            self._error += (0.25 if self._has_seen(num_rows) else 1.0) * (error - self._error)
-        self._since_plain, self._plain_rows = 0, num_rows
+            errors = self._errors.setdefault(_size(num_rows), deque(maxlen=self._MOST_PLAIN))
+            errors.append(math.log(seconds / expected_s))
+        self._since_plain = 0
 
     def saw_drafts(
         self, num_rows: int, num_tokens: int, seconds: float, expected_plain_s: float, in_vain: bool = False
@@ -64,8 +72,9 @@ class Payoff:
         many tokens."""
         if not self._has_seen(num_rows):
             return
+        step_s = expected_plain_s * math.exp(statistics.median(self._errors[_size(num_rows)]))
         self._spent_s += seconds
-        self._plain_s += num_tokens / num_rows * expected_plain_s * math.exp(self._error)
+        self._plain_s += num_tokens / num_rows * step_s
         self._num_steps += 1
         if not in_vain:
             self._num_drafted += 1
@@ -73,11 +82,13 @@ class Payoff:
         is_enough = self._num_drafted >= self._FEWEST_STEPS and self._num_rows >= self._FEWEST_ROWS
         if not is_enough and self._num_steps < self._MOST_STEPS:
             return
-        if self._spent_s > self._plain_s:
-            self._rest, self._rows = self._next_rest, num_rows
-            self._next_rest = min(2 * self._next_rest + 1, self._LONGEST_REST)
+        lost_s = self._spent_s - self._plain_s
+        if lost_s > 0:
+            enough = math.ceil(lost_s / (self._explore * step_s))
+            self._rest, self._rows = max(self._SHORTEST_REST, min(enough, self._next_rest)), num_rows
+            self._next_rest, self._proven_rows = min(2 * self._next_rest + 1, self._LONGEST_REST), 0
         else:
-            self._next_rest = self._FIRST_REST
+            self._next_rest, self._proven_rows = self._FIRST_REST, num_rows
         self._spent_s = self._plain_s = 0.0
         self._num_steps = self._num_drafted = self._num_rows = 0
 
@@ -85,3 +96,8 @@ class Payoff:
 def _alike(one: int, other: int) -> bool:
     """Whether two numbers of rows are within a factor of 1.5."""
     return 3 * min(one, other) >= 2 * max(one, other)
+
+
+def _size(num_rows: int) -> int:
+    """The same for numbers of rows that are much alike."""
+    return round(math.log(num_rows, 1.5))
