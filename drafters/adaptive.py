@@ -99,7 +99,9 @@ class AdaptiveSpeculation:
         self._rest = self._last_rest = 0
         self._num_looks = 0
         # Whoever may not look elsewhere cannot try drafts either.
-        self._payoff, self._num_learned = Payoff(explore) if explore else None, 0
+        self._payoff = Payoff(explore) if explore else None
+        # Steps whose share for looks elsewhere has not been saved up yet.
+        self._num_unsaved = 0
         share = (policy.max_expanded - 1) / max(policy.max_depth - 1, 1)
         levels = np.arange(policy.max_depth + 1)
         # The root is run once; the levels behind it are taken to be alike.
@@ -205,21 +207,22 @@ class AdaptiveSpeculation:
         last, self._last = self._last, None
         if last is None or not last.sequences:
             return
-        rows = last.load.num_rows + (0 if tree is None else int(tree.num_nodes_B.sum()) - tree.batch_size)
-        self._num_learned += 1
+        self._num_unsaved += 1
         # Of steps that are to be plain whatever they take, some are enough.
-        if not (self._payoff and self._payoff.is_resting) or self._num_learned % self._WATCHED == 0:
-            self._see(last, rows, verdict, seconds)
+        if self._payoff and self._payoff.is_resting and self._num_unsaved % self._WATCHED:
+            return
+        rows = last.load.num_rows + (0 if tree is None else int(tree.num_nodes_B.sum()) - tree.batch_size)
+        self._see(last, rows, verdict, seconds)
         # Of a prompt's time none is saved up: steps behind it take less, and looks elsewhere are paid by those.
         saved = seconds
         if last.load.num_prompt:
             sizes = np.array([rows - last.load.num_prompt, rows], dtype=float)
             bare_s, whole_s = self.costs.step_s(sizes, last.load.num_sequences, last.load.context)
             saved = seconds * float(bare_s / whole_s)
+        share, self._num_unsaved = self._explore * self._num_unsaved / len(self._KINDS), 0
         for kind in self._KINDS:
-            earned = self._savings.get(kind, saved) + self._explore * saved / len(self._KINDS)
             # Saved time must not turn into a row of steps that all look elsewhere.
-            self._savings[kind] = min(earned, 2 * saved)
+            self._savings[kind] = min(self._savings.get(kind, saved) + share * saved, 2 * saved)
         if last.draft is None:
             return
         self.costs.observe_draft(last.draft, last.draft_s)

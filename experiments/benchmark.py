@@ -31,6 +31,7 @@ from specdec.experiments.prompts import uses_chat
 from specdec.experiments.resume import Measurements
 from specdec.experiments.system import load_target, model_name, rule_and_policy, target_labels
 from specdec.experiments.workload import Texts, read_mixture
+from specdec.garbage import set_aside
 from specdec.loading import load_model
 from specdec.model import PagedModel
 from specdec.provenance import device_name, provenance
@@ -70,6 +71,7 @@ def run(config: BenchmarkConfig, command: str) -> int:
                 contenders += _start_peers(peers, config, theirs, prompts, params, stack)
             common = _common_labels(config, sets, target, params)
             session = Session(contenders, prompts, params, config.batch_sizes, config.num_repeats, raw, common)
+            set_aside()
             found = session.measure()
         memory = session.peaks({**own, **others}) if config.memory else {}
         end = {"num_prompts": len(prompts), **provenance(command), "resumed_measurements": raw.num_resumed}

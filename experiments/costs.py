@@ -14,6 +14,7 @@ from specdec.experiments.cost_measures import draft_seconds, forward_costs
 from specdec.experiments.cost_report import costs_picture, costs_table
 from specdec.experiments.startup import startup_seconds
 from specdec.experiments.system import load_system, load_target, rule_and_policy, target_labels
+from specdec.garbage import set_aside
 from specdec.provenance import device_name, provenance
 from specdec.tracking import Tracker
 
@@ -51,6 +52,7 @@ class _Costs:
         self._start = startup_seconds(config) if config.startup else []
         self._system = load_system(config)
         self._target = load_target(config.target)
+        set_aside()
         self._common = {
             "experiment": "costs",
             "system": "specdec",

@@ -17,6 +17,7 @@ from specdec.experiments.measurement import Measurement, decode, warm_up
 from specdec.experiments.prompts import check_chat, read_prompts, uses_chat, wrap
 from specdec.experiments.report import comparison_table
 from specdec.experiments.system import check_speculation, load_system, load_target, plain_system, target_labels
+from specdec.garbage import set_aside
 from specdec.provenance import device_name, provenance
 from specdec.request import Result, Token
 from specdec.sampling import SamplingParams
@@ -98,6 +99,7 @@ class _Session:
         """Plain and speculative take turns, batch by batch, so that a machine that slows down slows both."""
         for engine in filter(None, (self.engine, self.plain)):
             warm_up(engine, self.prompts[0], self.chat)
+        set_aside()
         if len(self.prompts) == 1:
             self._decode_batch(0, 1, _print_token, True)
             print(flush=True)

@@ -28,6 +28,7 @@ from specdec.experiments.load_rows import LoadRun, Point, load_row
 from specdec.experiments.load_session import Session
 from specdec.experiments.system import drafter_label, load_system, load_target, rule_and_policy, target_labels
 from specdec.experiments.workload import LoadRequest, Workload
+from specdec.garbage import set_aside
 from specdec.live import LiveView
 from specdec.model import PagedModel
 from specdec.provenance import device_name, provenance
@@ -56,6 +57,7 @@ def run(config: LoadConfig, command: str) -> int:
         contenders = contender_names(built)
         common = _common_labels(config, target, workload, requests)
         session = Session(contenders, requests, work.raw, common, clock, config.seed, config.duration_s)
+        set_aside()
         with LiveView() as view:
             runs = session.serve_all(points, config.num_repeats, view)
         end = {**provenance(command), "resumed_measurements": work.raw.num_resumed}

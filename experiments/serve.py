@@ -9,6 +9,7 @@ from specdec.config import ServeConfig
 from specdec.experiments.building import sampling_params
 from specdec.experiments.measurement import warm_up
 from specdec.experiments.system import load_system, load_target, target_name
+from specdec.garbage import set_aside
 
 
 def run(config: ServeConfig, command: str) -> int:
@@ -35,6 +36,7 @@ def run(config: ServeConfig, command: str) -> int:
         labels = system.labels
         print(f"{name}, drafter {labels['drafter']}, policy {labels['policy']}, rule {labels['rule']}")
         print(f"at {address(socket)}/v1 until Ctrl-C", flush=True)
+        set_aside()
         server.run([socket])
     print("closed", flush=True)
     return 0

@@ -25,6 +25,7 @@ from specdec.experiments.system import (
     target_labels,
 )
 from specdec.experiments.workload import LoadRequest, Workload
+from specdec.garbage import set_aside
 from specdec.live import LiveState, LiveView, Meter, engine_gauges
 from specdec.model import PagedModel
 from specdec.provenance import device_name, provenance
@@ -52,6 +53,7 @@ def run(config: StreamCheckConfig, command: str) -> int:
         systems = {name: load_system(one) for name, one in configs.items()}
         requests = workload.requests(target, config.num_requests)
         check = _Check(config, target, systems, work.raw)
+        set_aside()
         with LiveView() as view:
             row = check.row(requests, view)
         row |= {**provenance(command), "resumed_measurements": work.raw.num_resumed}

@@ -42,7 +42,7 @@ class Segment:
 
     @property
     def tail_len(self) -> int:
-        return len(self.positions_Q if self.tail_positions_M is None else self.tail_positions_M)
+        return (self.positions_Q if self.tail_positions_M is None else self.tail_positions_M).shape[0]
 
 
 class PagedModel:
@@ -263,9 +263,10 @@ def plan_attention(segments: Seq[Segment], device: torch.device) -> AttentionPla
     """Slots to write and to read for the packed tokens of `segments`."""
     plans, slots, row = [], [], 0
     for segment in segments:
-        queries = len(segment.token_ids_Q)
+        # Not len(): that goes by way of Python, and a step asks for dozens.
+        queries = segment.token_ids_Q.shape[0]
         tail_positions = segment.positions_Q if segment.tail_positions_M is None else segment.tail_positions_M
-        keys = segment.visible_len + len(tail_positions)
+        keys = segment.visible_len + tail_positions.shape[0]
         assert keys <= segment.table.capacity, f"{keys} keys do not fit {segment.table.capacity} reserved slots"
         first, own = segment.table.first_slot, segment.table.slots(device)[:keys]
         plans.append(

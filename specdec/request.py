@@ -116,7 +116,8 @@ class Request:
         if logprobs is not None:
             pairs = zip(new, logprobs, strict=False)
             new = [replace(token, logprob=own, top_logprobs=best) for token, (own, best) in pairs]
-        new[-1] = replace(new[-1], result=self.result)
+        if self.result is not None:
+            new[-1] = replace(new[-1], result=self.result)
         self.tokens += new
         return new
 

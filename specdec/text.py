@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence as Seq
 
 from transformers import PreTrainedTokenizerBase
 
 _INCOMPLETE = "\ufffd"
+# Every token is decoded alone once it is settled, and again with the next one.
+_alone: weakref.WeakKeyDictionary[PreTrainedTokenizerBase, dict[int, str]] = weakref.WeakKeyDictionary()
 
 
 class TextStream:
@@ -19,6 +22,7 @@ class TextStream:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: Seq[str] = ()) -> None:
         self._tokenizer, self._stop = tokenizer, list(stop)
         self._tokens: list[int] = []
+        self._alone = _alone.setdefault(tokenizer, {})
         # Tokens before `_settled` are decoded for good; those from `_context` on are decoded again with what follows, for
         # a tokenizer may join a token to its neighbour.
         self._context = self._settled = 0
@@ -50,7 +54,17 @@ class TextStream:
         return self._release(0)
 
     def _decode(self, start: int, end: int) -> str:
-        return str(self._tokenizer.decode(self._tokens[start:end], skip_special_tokens=True))
+        if end - start > 1:
+            return self._text_of(self._tokens[start:end])
+        if end == start:
+            return ""
+        token = self._tokens[start]
+        if token not in self._alone:
+            self._alone[token] = self._text_of([token])
+        return self._alone[token]
+
+    def _text_of(self, tokens: list[int]) -> str:
+        return str(self._tokenizer.decode(tokens, skip_special_tokens=True))
 
     def _append(self, new: str) -> None:
         start = max(0, len(self._decoded) - max((len(stop) for stop in self._stop), default=0))
