@@ -16,13 +16,18 @@ class BlockByPairs : BlockOfRows {
   }
 
   void run(const bf16* queries, long query_stride, const bf16* keys, const bf16* values, bf16* out, long out_stride) {
-    static thread_local Scratch queries_memory, scores_memory, weights_memory, results_memory, path_memory;
+    static thread_local Scratch queries_memory, scores_memory, weights_memory, results_memory, path_memory, runs_memory;
     queries_ = (Pairs*)queries_memory.get(heads_.size / 2 * sizeof(Pairs));
     scores_ = (Floats*)scores_memory.get(2 * pairs_ * sizeof(Floats));
     weights_ = (RowPair*)weights_memory.get(pairs_ * ROWS * sizeof(RowPair));
     results_ = (float*)results_memory.get(ROWS * heads_.size * sizeof(float));
     path_ = (int64_t*)path_memory.get((1 + sequence_.num_keys - sequence_.visible_len) * sizeof(int64_t));
     step_ = heads_.num_groups * heads_.size;
+    runs_ = (int64_t*)runs_memory.get((sequence_.num_keys + 15) / 16 * sizeof(int64_t));
+    for (long key = 0; key < sequence_.num_keys; key += 16) {
+      const long count = sequence_.num_keys - key < 16 ? sequence_.num_keys - key : 16;
+      runs_[key / 16] = sequence_.is_run(key, count) ? sequence_.slot(key) : -1;
+    }
     keys += group_ * heads_.size;
     values += group_ * heads_.size;
     for (long e = 0; e < heads_.size; e += DEPTH)
@@ -56,15 +61,23 @@ class BlockByPairs : BlockOfRows {
 
   const bf16* at(const bf16* cache, long key) const { return cache + sequence_.slot(key) * step_; }
 
-  // 32 components from `e` on of `count` keys from `first` on, side by side; within a page no slot has to be looked up.
+  // Where in the cache the 16 keys from `first` on lie in a row: within a page no slot has to be looked up. Null: they do not, or
+  // `first` is no multiple of 16, or there are none.
+  const bf16* run_at(const bf16* cache, long first) const {
+    return first < sequence_.num_keys && first % 16 == 0 && runs_[first / 16] >= 0 ? cache + runs_[first / 16] * step_ : nullptr;
+  }
+
+  // 32 components from `e` on of `count` keys from `first` on, side by side; `run` is where they lie in a row. What lies `next` will
+  // be read then: pages are anywhere, so that the hardware cannot guess it.
   template <typename To>
-  void load_keys(const bf16* keys, long first, long count, long e, To* to) const {
-    if (sequence_.is_run(first, count)) {
-      const bf16* from = at(keys, first) + e;
-      load_columns(count, [&](long i) { return from + i * step_; }, to);
-    } else {
-      load_columns(count, [&](long i) { return at(keys, first + i) + e; }, to);
-    }
+  void load_keys(const bf16* keys, long first, long count, long e, const bf16* run, const bf16* next, To* to) const {
+    const auto ask = [&](long i) {
+      if (next) _mm_prefetch((const char*)(next + i * step_ + e), _MM_HINT_T0);
+    };
+    if (run)
+      load_columns(count, [&](long i) { return ask(i), run + i * step_ + e; }, to);
+    else
+      load_columns(count, [&](long i) { return ask(i), at(keys, first + i) + e; }, to);
   }
 
   // Scores [position][row] behind one another: of what all rows see, then of each row's own path.
@@ -87,9 +100,10 @@ class BlockByPairs : BlockOfRows {
 
   // Of `count` keys in a row, up to 16, which are laid as [pair of components][key] first: one register then finds them all.
   void score_some(const bf16* keys, long key, long count, Floats* to) const {
+    const bf16 *run = run_at(keys, key), *next = run_at(keys, key + 16);
     alignas(64) RowPair columns[MOST_PAIRS * 16];
     for (long e = 0; e < heads_.size; e += DEPTH)
-      load_keys(keys, key, count, e, (__m512i*)columns + e / 2);
+      load_keys(keys, key, count, e, run, next, (__m512i*)columns + e / 2);
     Floats sums[16];
 #pragma GCC unroll 16
     for (long j = 0; j < 16; ++j) sums[j] = all(0.0f);
@@ -160,12 +174,13 @@ class BlockByPairs : BlockOfRows {
 
   template <long NUM>
   void score_rows(const bf16* keys, long first, long count, float* to, long width) const {
+    const bf16 *run = run_at(keys, first), *next = run_at(keys, first + 16);
     Floats sums[NUM];
 #pragma GCC unroll 8
     for (long r = 0; r < NUM; ++r) sums[r] = all(0.0f);
     for (long e = 0; e < heads_.size; e += DEPTH) {
       __m512i columns[16];
-      load_keys(keys, first, count, e, columns);
+      load_keys(keys, first, count, e, run, next, columns);
       for (long i = 0; i < 16; ++i) {
         const RowPair* queries = (const RowPair*)(queries_ + e / 2 + i);
 #pragma GCC unroll 8
@@ -211,16 +226,17 @@ class BlockByPairs : BlockOfRows {
   void gather(const bf16* values, long e, long end) {
     Pairs near[2 * TILE];
     for (long from = 0; from < end; from += 2 * TILE) {
-      const long count = end - from < 2 * TILE ? end - from : 2 * TILE, pairs = (count + 1) / 2;
-      if (sequence_.is_run(from, count)) {
-        const bf16* first = at(values, from) + e;
-        for (long i = 0; i < pairs; ++i, first += 2 * step_)
-          interleave(first, 2 * i + 1 < count ? first + step_ : nullptr, near[2 * i], near[2 * i + 1]);
-      } else {
-        for (long i = 0; i < pairs; ++i) {
-          const long p = from + 2 * i;
-          interleave(at(values, p) + e, p + 1 < end ? at(values, p + 1) + e : nullptr, near[2 * i], near[2 * i + 1]);
+      const long pairs = (end - from < 2 * TILE ? end - from + 1 : 2 * TILE) / 2;
+      for (long i = 0; i < pairs; ++i) {
+        const long p = from + 2 * i, within = p % 16 * step_ + e;
+        if (const bf16* next = run_at(values, p - p % 16 + 2 * TILE)) {
+          _mm_prefetch((const char*)(next + within), _MM_HINT_T0);
+          _mm_prefetch((const char*)(next + within + step_), _MM_HINT_T0);
         }
+        const bf16* run = run_at(values, p - p % 16);
+        const bf16 *one = run ? run + within : at(values, p) + e, *other = nullptr;
+        if (p + 1 < end) other = run ? one + step_ : at(values, p + 1) + e;
+        interleave(one, other, near[2 * i], near[2 * i + 1]);
       }
       const RowPair* weights = weights_ + from / 2 * ROWS;
       long r = 0;
@@ -291,4 +307,6 @@ class BlockByPairs : BlockOfRows {
   RowPair* weights_ = nullptr;
   float* results_ = nullptr;
   int64_t* path_ = nullptr;
+  // Of every 16 keys the first slot, -1 where they do not lie in a row.
+  int64_t* runs_ = nullptr;
 };
