@@ -135,10 +135,15 @@ class BlockByFma : BlockOfRows {
     }
   }
 
-  // 32 components of `count` keys, as `load_columns` lays them.
+  // 32 components of `count` keys, as `load_columns` lays them. The next ones are asked for: pages are anywhere, so that the
+  // hardware cannot guess what will be read.
   void load_keys(const bf16* keys, long key, long count, long e, float* to) const {
+    const auto place = [&](long key) {
+      return keys + (sequence_.slot(key) * heads_.num_groups + group_) * heads_.size + e;
+    };
     const auto from = [&](long i) {
-      return keys + (sequence_.slot(key + i) * heads_.num_groups + group_) * heads_.size + e;
+      if (key + i + 16 < sequence_.num_keys) _mm_prefetch((const char*)place(key + i + 16), _MM_HINT_T0);
+      return place(key + i);
     };
     if (heads_.size - e >= 32) return load_columns(count, from, to);
     alignas(64) bf16 some[16][32] = {};
@@ -175,6 +180,7 @@ class BlockByFma : BlockOfRows {
       for (long i = 0; i < count; ++i)
         for (long e = 0; e < padded_; e += 32) {
           Floats even, odd;
+          if (p + i + NEAR < to) _mm_prefetch((const char*)(at(values, p + i + NEAR) + e), _MM_HINT_T0);
           load_pairs(at(values, p + i) + e, heads_.size - e, even, odd);
           store_floats(near + i * padded_ + e, even);
           store_floats(near + i * padded_ + e + 16, odd);
