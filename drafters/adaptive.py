@@ -147,7 +147,7 @@ class AdaptiveSpeculation:
     def _roots(self, sequences: list[Sequence], load: Load, looked_s: float = 0.0) -> TokenTree:
         self._last = _Step(sequences, load, [0] * len(sequences), looked_s=looked_s)
         self.counts.num_rows += len(sequences)
-        return TokenTree.roots(int_tensor([one.root for one in sequences], self._device))
+        return TokenTree.roots(int_tensor([one.root for one in sequences])).to(self._device)
 
     def _least(self, load: Load) -> float:
         """How likely a node must be to be right for any number of such nodes to be worth their time."""
@@ -211,7 +211,7 @@ class AdaptiveSpeculation:
         # Of steps that are to be plain whatever they take, some are enough.
         if self._payoff and self._payoff.is_resting and self._num_unsaved % self._WATCHED:
             return
-        rows = last.load.num_rows + (0 if tree is None else int(tree.num_nodes_B.sum()) - tree.batch_size)
+        rows = last.load.num_rows + (0 if tree is None else sum(tree.shape.sizes) - tree.batch_size)
         self._see(last, rows, verdict, seconds)
         # Of a prompt's time none is saved up: steps behind it take less, and looks elsewhere are paid by those.
         saved = seconds
@@ -328,7 +328,7 @@ class AdaptiveSpeculation:
         return (scored[0] if scored else None), tree
 
     def _count(self, depths: list[int], scores: Scores | None, tree: TokenTree) -> None:
-        nodes = int(tree.num_nodes_B.sum()) - tree.batch_size
+        nodes = sum(tree.shape.sizes) - tree.batch_size
         self.counts.num_rows += len(depths)
         has_nodes_B = np.array(depths) > 0
         self.counts.num_nodes += nodes

@@ -20,6 +20,7 @@ from specdec.drafters.heads.source import HeadSource, resolve
 from specdec.drafters.levels import LevelDrafter, LevelRound, Span
 from specdec.drafters.network import NextLogits, fitted
 from specdec.drafters.vocabulary import drafting
+from specdec.int_tensor import int_tensor
 from specdec.interfaces import Commit
 from specdec.kernels.cpu import GrowingRoot, GrownTrees
 from specdec.kernels.tree_attention import AttentionPlan, tree_attention
@@ -232,7 +233,7 @@ class _EagleRound(LevelRound):
         size = self._hidden_BXD.shape[2]
         features_BWD = self._hidden_BXD.gather(1, parents_BW[..., None].expand(-1, -1, size))
         if len(live) < len(features_BWD):
-            features_BWD = features_BWD[live]
+            features_BWD = features_BWD[int_tensor(live, self.device)]
         hidden_BWD = self.spread(self._eagle.run(segments, features_BWD.flatten(0, 1)).view_as(features_BWD), live)
         self._hidden_BXD = torch.cat([self._hidden_BXD, hidden_BWD], 1)
         return self._next(hidden_BWD)

@@ -122,7 +122,7 @@ class Static(FixedPolicy):
         order = [node for internal, _, _ in self._levels for node in internal]
         self._expanded = [order.index(i) if i in order else -1 for i in range(len(nodes))]
         self._parents = [-1, *(nodes.index(path[:-1]) for path in paths)]
-        self._depths = int_tensor([len(path) for path in nodes])
+        self._num_within = [sum(len(path) <= depth for path in nodes) for depth in range(self.max_depth + 1)]
         self.max_expanded = len(order)
         self.spec = TreeSpec(frozenset({DrawKind.FIXED}), is_chain=all(max(path) == 0 for path in paths))
 
@@ -131,29 +131,30 @@ class Static(FixedPolicy):
 
     def grow(self, draft: DraftRound, noise: Noise) -> Grown:
         device = draft.roots_B.device
-        limits = int_tensor(draft.limits, device)
         tokens_BN = draft.roots_B[:, None]
         confidence_BN = torch.full(tokens_BN.shape, torch.nan, device=device)
         for depth, (internal, owner, ranks) in enumerate(self._levels[: max(draft.limits)]):
             if depth == 0:
                 following = draft.expand_root()
             else:
-                parents = int_tensor([self._expanded[self._parents[node]] for node in internal], device)
-                following = draft.expand(tokens_BN[:, internal], parents.expand(len(limits), -1), depth)
+                above = int_tensor([self._expanded[self._parents[node]] for node in internal], device)
+                own = tokens_BN.index_select(1, int_tensor(internal, device))
+                following = draft.expand(own, above.expand(len(tokens_BN), -1), depth)
             if max(ranks) >= draft.vocab_size:
                 raise ValueError(f"choices use rank {max(ranks)}, the vocabulary has {draft.vocab_size} tokens")
-            best_BWk, logprobs_BWk = following.top(max(ranks) + 1)
-            tokens_BN = torch.cat([tokens_BN, best_BWk[:, owner, ranks]], 1)
-            confidence_BN = torch.cat([confidence_BN, logprobs_BWk[:, owner, ranks].exp().float()], 1)
-        # Nodes are in order of depth, so a row that must stay shallower keeps a prefix.
+            width = max(ranks) + 1
+            best_BWk, logprobs_BWk = following.top(width)
+            places = int_tensor([at * width + rank for at, rank in zip(owner, ranks, strict=True)], device)
+            tokens_BN = torch.cat([tokens_BN, best_BWk.flatten(1).index_select(1, places)], 1)
+            confidences = logprobs_BWk.flatten(1).index_select(1, places).exp().float()
+            confidence_BN = torch.cat([confidence_BN, confidences], 1)
+        # Nodes are in order of depth, so a row that must stay shallower keeps a prefix. All but the tokens the host knows.
         nodes = tokens_BN.shape[1]
-        count_B = (self._depths[:nodes].to(device) <= limits[:, None]).sum(1)
-        inside = torch.arange(nodes, device=device) < count_B[:, None]
-        parents_BN = torch.where(inside, int_tensor(self._parents[:nodes], device), -1)
-        expanded_BN = int_tensor(self._expanded[:nodes], device)
-        tokens_BN = torch.where(inside, tokens_BN, 0)
+        counts = [self._num_within[min(limit, self.max_depth)] for limit in draft.limits]
+        parents_BN = int_tensor([self._parents[:count] + [-1] * (nodes - count) for count in counts])
+        count_B, expanded_BN = int_tensor(counts), int_tensor(self._expanded[:nodes], device)
         tree = TokenTree.from_parents(tokens_BN, parents_BN, count_B, draft.vocab_size, confidence_BN)
-        return Grown.within(limits, tree, expanded_BN)
+        return Grown.within(int_tensor(draft.limits, device), tree, expanded_BN)
 
 
 class TopK(FixedPolicy):

@@ -162,5 +162,4 @@ class LevelRound(NetworkRound):
         if len(live) == len(self.sequences):
             return values
         out = values.new_zeros(len(self.sequences), *values.shape[1:])
-        out[live] = values
-        return out
+        return out.index_copy_(0, int_tensor(live, self.device), values)

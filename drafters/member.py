@@ -105,9 +105,9 @@ class Member:
         return Draft(tokens, parents, cells, edges)
 
     def _grown(self, sequences: Seq[Sequence], policy: TreePolicy, noise: Noise) -> list[Draft]:
-        tree = self.drafter.propose(sequences, policy, noise)
-        tokens, parents, sizes = tree.tokens_BN.tolist(), tree.parents_BN.tolist(), tree.num_nodes_B.tolist()
-        confidence_BN = None if tree.confidence_BN is None else tree.confidence_BN.cpu().numpy()
+        tree = self.drafter.propose(sequences, policy, noise).on_cpu
+        tokens, parents, sizes = tree.tokens_BN.tolist(), tree.parents_BN.tolist(), tree.shape.sizes
+        confidence_BN = None if tree.confidence_BN is None else tree.confidence_BN.numpy()
         cells_BN = self._rates.cells(np.array([_depths(row) for row in parents]), confidence_BN, np.array(parents))
         offsets = [self._offsets.setdefault(one.id, Offset(CONFIDENT)).value for one in sequences]
         edges = shifted(self._rates.rates(cells_BN), np.array(offsets)[:, None]).tolist()

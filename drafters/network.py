@@ -32,7 +32,7 @@ class NetworkDrafter:
             raise ValueError(f"drafter {self.name} cannot follow the policy {type(policy).__name__}")
         limits = [max(min(policy.max_depth, one.max_draft_depth, self._limit(one)), 0) for one in sequences]
         if not any(limits):
-            return TokenTree.roots(int_tensor([one.root for one in sequences], self.device), self.vocab_size)
+            return TokenTree.roots(int_tensor([one.root for one in sequences]), self.vocab_size).to(self.device)
         grown = policy.grow(self._round(sequences, limits), noise)
         self._note(sequences, grown)
         return grown.tree

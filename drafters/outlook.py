@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
 
 from specdec.acceptance_stats import CONFIDENT, DrawRates, Ints, NodeRates, Offset, shifted
 from specdec.cost import Array
@@ -136,8 +135,9 @@ class FixedOutlook:
         return gain, nodes
 
     def score(self, tree: TokenTree, records: Seq[RequestRecord]) -> Scores:
-        tokens_BN, parents_BN, depth_BN = (_host(one) for one in (tree.tokens_BN, tree.parents_BN, tree.depth_BN))
-        confidence_BN = None if tree.confidence_BN is None else _host(tree.confidence_BN)
+        tree = tree.on_cpu
+        tokens_BN, parents_BN, depth_BN = tree.tokens_BN.numpy(), tree.shape.parents_BN, tree.shape.depth_BN
+        confidence_BN = None if tree.confidence_BN is None else tree.confidence_BN.numpy()
         cells_BN = self.rates.cells(depth_BN, confidence_BN, parents_BN)
         offsets_B = np.array([one.offset.value for one in records])
         edge_BN = shifted(self.rates.rates(cells_BN), offsets_B[:, None])
@@ -292,7 +292,3 @@ def _from_nothing(totals: Array, axis: int) -> Array:
     """Totals per depth with a zero for depth 0 in front."""
     first = np.zeros_like(np.take(totals, [0], axis))
     return np.concatenate([first, totals], axis)
-
-
-def _host(tensor: Tensor) -> Any:
-    return tensor.cpu().numpy()

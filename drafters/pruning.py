@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from specdec.drafters.growth import DraftRound, FixedPolicy, GrowingPolicy, Grown
+from specdec.int_tensor import sent
 from specdec.interfaces import Noise, TreePolicy
 from specdec.tree import DrawKind, TokenTree
 
@@ -28,6 +29,10 @@ def prune(tree: TokenTree, keep_BN: Tensor) -> Pruned:
     Only FIXED nodes may go: a tree that has lost drawn nodes after they were seen is biased under every rule that reads
     draws. Raises ValueError for a drawn node, and for a kept one whose parent is gone.
     """
+    if tree.device.type != "cpu" and tree.draft_laws_BNV is None:
+        # The host knows the tree, and would wait for whatever it asks the device.
+        pruned = prune(tree.on_cpu, keep_BN.cpu())
+        return Pruned(pruned.tree.to(tree.device), sent(pruned.origin_BN, tree.device))
     keep_BN = (keep_BN.to(tree.device) & tree.is_node_BN).index_fill(1, torch.tensor([0], device=tree.device), True)
     gone_BN = tree.is_node_BN & ~keep_BN
     if bool((gone_BN & (tree.node_kinds_BN != DrawKind.FIXED)).any()):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ class _State:
 
     table: PageTable
     num_computed: int = 0
-    expanded: list[int] = field(default_factory=list)
+    expanded: Tensor | None = None
 
 
 class SmallModelDrafter(LevelDrafter):
@@ -63,15 +63,16 @@ class SmallModelDrafter(LevelDrafter):
         source, target = [], []
         for commit in commits:
             state = self._states.get(commit.sequence_id)
-            if state is None or commit.nodes is None or not state.expanded:
+            if state is None or commit.nodes is None or state.expanded is None:
                 continue
+            expanded: list[int] = state.expanded.tolist()
             for depth, node in enumerate(commit.nodes[1:], 1):
-                if state.expanded[node] < 0:
+                if expanded[node] < 0:
                     break
-                source.append(state.table.slot(commit.start + state.expanded[node]))
+                source.append(state.table.slot(commit.start + expanded[node]))
                 target.append(state.table.slot(commit.start + depth))
                 state.num_computed = commit.start + depth + 1
-            state.expanded = []
+            state.expanded = None
         self.cache.move(source, target)
         self._read_along(commits)
 
@@ -99,7 +100,8 @@ class SmallModelDrafter(LevelDrafter):
         return _ModelRound(self, sequences, limits, [self.state(one) for one in sequences])
 
     def _note(self, sequences: Seq[Sequence], grown: Grown) -> None:
-        for one, expanded in zip(sequences, grown.expanded_BN.tolist(), strict=True):
+        # On its way while the trees are verified: the host has waited for their verdict when it looks at this.
+        for one, expanded in zip(sequences, grown.expanded_BN.to("cpu", non_blocking=True), strict=True):
             self._states[one.id].expanded = expanded
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import specdec.kernels
 from specdec.experiments.gpu_sampling import check_acceptance, check_sampling
-from specdec.experiments.kernel_check import FLOOR, MULTIPLE, Check, Sizes, error, kind_of
+from specdec.experiments.kernel_check import DTYPES, FLOOR, MULTIPLE, Check, Sizes, error, kind_of, named
 from specdec.kernels.tree_attention import AttentionPlan, SequencePlan, tree_attention
 from specdec.kernels.tree_attention.reference import tree_attention_reference
 from specdec.model import Segment, plan_attention
@@ -45,9 +45,8 @@ def check_kernels(device: torch.device, sizes: Sizes) -> list[Check]:
 def _attention(device: torch.device, sizes: Sizes) -> list[Check]:
     checks = []
     options: list[dict[str, Any]] = [{}, {"window": 17}, {"softcap": 5.0}, {"sinks_H": True}]
-    dtypes = (torch.float32, torch.bfloat16) if device.type == "cpu" else (torch.float32, torch.bfloat16, torch.float16)
-    for dtype in dtypes:
-        worst, eager, kind = 0.0, 0.0, "eager"
+    for dtype in DTYPES:
+        worst, eager, kind, passed = 0.0, 0.0, "eager", True
         for heads, groups, size in sizes.heads:
             for option in options:
                 case = _Case(heads, groups, size, dtype, device, sizes)
@@ -56,23 +55,23 @@ def _attention(device: torch.device, sizes: Sizes) -> list[Check]:
                 found = tree_attention(*arguments, case.plan, scaling=size**-0.5, **chosen)
                 own = case.reference(dtype, size, chosen)
                 truth = case.reference(torch.float64, size, chosen)
-                worst, eager = max(worst, error(found, truth)), max(eager, error(own, truth))
+                one, other = error(found, truth), error(own, truth)
+                worst, eager, passed = max(worst, one), max(eager, other), passed and one <= MULTIPLE * other + FLOOR
                 kind = kind_of(case.query_THE)
-        name, passed = str(dtype).removeprefix("torch."), worst <= MULTIPLE * eager + FLOOR
         detail = f"{kind}: error {worst:.1e}, of the eager reference {eager:.1e}"
-        checks.append(Check(f"tree_attention {name}", passed, detail))
-    return [*checks, _invariant(device, sizes)]
+        checks.append(Check(f"tree_attention {named(dtype)}", passed, detail))
+    return [*checks, *(_invariant(dtype, device, sizes) for dtype in DTYPES)]
 
 
-def _invariant(device: torch.device, sizes: Sizes) -> Check:
+def _invariant(dtype: torch.dtype, device: torch.device, sizes: Sizes) -> Check:
     """Nodes of a tree, and each of them alone behind its path: the same bits."""
-    heads, groups, size = sizes.heads[0]
-    case = _Case(heads, groups, size, torch.bfloat16, device, sizes, num_sequences=1)
+    name, (heads, groups, size) = f"invariant attention {named(dtype)}", sizes.heads[0]
+    case = _Case(heads, groups, size, dtype, device, sizes, num_sequences=1)
     options: dict[str, Any] = {"scaling": size**-0.5, "is_invariant": True}
     try:
         together = tree_attention(case.query_THE, case.keys_SGE, case.values_SGE, case.plan, **options)
     except ValueError as error:
-        return Check("invariant attention", None, str(error))
+        return Check(name, None, str(error))
     part = case.plan.sequences[0]
     slots, differing = _slots(part), 0
     for node in range(part.num_queries):
@@ -84,15 +83,19 @@ def _invariant(device: torch.device, sizes: Sizes) -> Check:
         found = tree_attention(case.query_THE[node : node + 1], case.keys_SGE, case.values_SGE, plan, **options)
         differing += not torch.equal(found[0], together[node])
     detail = f"{differing} of {part.num_queries} nodes get other bits than alone"
-    return Check("invariant attention", differing == 0, detail)
+    return Check(name, differing == 0, detail)
 
 
 def _kv_write(device: torch.device, sizes: Sizes) -> list[Check]:
+    return [_written(dtype, device, sizes) for dtype in DTYPES]
+
+
+def _written(dtype: torch.dtype, device: torch.device, sizes: Sizes) -> Check:
     op, reference = _op("kv_write")
     _, groups, size = sizes.heads[0]
     count, slots = sizes.nodes + 3, sizes.context
     generator = torch.Generator().manual_seed(1)
-    caches = [torch.randn(slots, groups, n, generator=generator).to(device).bfloat16() for n in (size, size)]
+    caches = [torch.randn(slots, groups, n, generator=generator).to(device, dtype) for n in (size, size)]
     # Heads first, as attention hands them over.
     new = [torch.randn(groups, count, size, generator=generator).to(device).transpose(0, 1) for _ in caches]
     at = torch.randperm(slots, generator=generator)[:count].to(device)
@@ -101,14 +104,18 @@ def _kv_write(device: torch.device, sizes: Sizes) -> list[Check]:
         copies = [one.clone() for one in caches]
         write(*copies, at, None, *new)
         results.append(copies)
-    return [_equal("kv_write", results)]
+    return _equal(f"kv_write {named(dtype)}", results)
 
 
 def _path_commit(device: torch.device, sizes: Sizes) -> list[Check]:
+    return [_moved(dtype, device, sizes) for dtype in DTYPES]
+
+
+def _moved(dtype: torch.dtype, device: torch.device, sizes: Sizes) -> Check:
     op, reference = _op("path_commit")
     _, groups, size = sizes.heads[0]
     generator = torch.Generator().manual_seed(2)
-    caches = [torch.randn(3, sizes.context, groups, size, generator=generator).to(device).bfloat16() for _ in range(2)]
+    caches = [torch.randn(3, sizes.context, groups, size, generator=generator).to(device, dtype) for _ in range(2)]
     # Rows in slots of their own, moved down as paths are: some slots are source and target.
     span, rows = sizes.nodes, max(sizes.context // sizes.nodes - 1, 1)
     sources = torch.full((rows, span // 2), -1)
@@ -121,7 +128,7 @@ def _path_commit(device: torch.device, sizes: Sizes) -> list[Check]:
         copies = [one.clone() for one in caches]
         commit(copies, sources.to(device), targets.to(device))
         results.append(copies)
-    return [_equal("path_commit", results)]
+    return _equal(f"path_commit {named(dtype)}", results)
 
 
 CHECKS: dict[str, Callable[[torch.device, Sizes], list[Check]]] = {

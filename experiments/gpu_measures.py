@@ -130,15 +130,20 @@ def forward_seconds(
 
 
 def busy_share(run: Callable[[], object], device: torch.device) -> float | None:
-    """The part of the time of `run` in which the GPU computes; the rest it waits for the host. None on other devices."""
+    """The part of the time of `run` in which the GPU computes; the rest it waits for the host. None on other devices.
+
+    `run` is timed by itself and then once more to see what the GPU does, for whoever watches holds up the host.
+    """
     if device.type != "cuda":
         return None
     _wait(device)
+    start = time.perf_counter()
+    run()
+    _wait(device)
+    seconds = time.perf_counter() - start
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        start = time.perf_counter()
         run()
         _wait(device)
-        seconds = time.perf_counter() - start
     return sum(event.self_device_time_total for event in profile.key_averages()) / 1e6 / seconds
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from specdec.drafters.growth import GrowingPolicy, Static
 from specdec.drafters.sampled import Mixed, Sampled, chain
-from specdec.experiments.kernel_check import FLOOR, MULTIPLE, Check, Sizes, error, kind_of
+from specdec.experiments.kernel_check import DTYPES, FLOOR, MULTIPLE, Check, Sizes, error, kind_of, named
 from specdec.kernels import acceptance, sampling
 from specdec.kernels.acceptance import AcceptedPath
 from specdec.kernels.acceptance.reference import follow_reference, rejection_reference, traversal_reference
@@ -31,11 +31,15 @@ _PARAMS = [
 
 
 def check_sampling(device: torch.device, sizes: Sizes) -> list[Check]:
-    """Laws, draws from given laws, and both in one, under every combination of parameters."""
+    """Laws, draws from given laws, and both in one, under every combination of parameters, from logits as models give them."""
+    return [check for dtype in DTYPES for check in _sampling(dtype, device, sizes)]
+
+
+def _sampling(dtype: torch.dtype, device: torch.device, sizes: Sizes) -> list[Check]:
     rows, vocab = sizes.rows, sizes.vocab
     params = [_PARAMS[row % len(_PARAMS)] for row in range(rows)]
     batch = BatchSampling(params, [[]] * rows, [[]] * rows, vocab, device)
-    scores_RV = 3 * torch.randn(rows, vocab, generator=torch.Generator().manual_seed(3)).to(device)
+    scores_RV = 3 * torch.randn(rows, vocab, generator=torch.Generator().manual_seed(3)).to(device, dtype)
     at_R, noise = torch.arange(rows, device=device), _noise(rows, device)
     kind = kind_of(scores_RV)
     columns = [
@@ -47,18 +51,18 @@ def check_sampling(device: torch.device, sizes: Sizes) -> list[Check]:
             batch.row_params.min_p_R,
         )
     ]
-    own_RV = laws_reference(scores_RV, *(column.float() for column in columns))
+    own_RV = laws_reference(scores_RV.float(), *(column.float() for column in columns))
     truth_RV = laws_reference(scores_RV.double(), *(column.double() for column in columns))
     found_RV = sampling.laws(scores_RV, batch.row_params)
     worst, eager = error(found_RV, truth_RV), error(own_RV, truth_RV)
     detail = f"{kind}: error {worst:.1e}, of the eager reference {eager:.1e}"
-    checks = [Check("sampling laws", worst <= MULTIPLE * eager + FLOOR, detail)]
+    checks = [Check(f"sampling laws, {named(dtype)}", worst <= MULTIPLE * eager + FLOOR, detail)]
     for key in (PositionKey(1), GumbelKey(1), RoundKey("residual", at_R)):
         keys = noise.keys(key, at_R)
         wanted_R = draw_reference(own_RV, keys)
         drawn = int((sampling.draw(own_RV, keys) != wanted_R).sum())
         # The same numbers and the same weights: integers leave no room for rounding.
-        name = type(key).__name__
+        name = f"{type(key).__name__}, {named(dtype)}"
         checks.append(Check(f"sampling draw, {name}", drawn == 0, f"{kind}: {drawn} of {rows} tokens differ"))
         tokens_R = sampling.sample(scores_RV, batch.row_params, keys)
         differing = int((tokens_R != wanted_R).sum())

@@ -261,8 +261,8 @@ class Engine:
         else:
             bare = step.verifying
         if bare:
-            roots = int_tensor([one.root for one in bare], self.target.device)
-            trees.append(TokenTree.roots(roots, self.target.vocab_size))
+            roots = TokenTree.roots(int_tensor([one.root for one in bare]), self.target.vocab_size)
+            trees.append(roots.to(self.target.device))
         return TokenTree.concat(trees) if trees else None
 
     def _emit(self, step: Plan, requests: dict[int, Request], tree: TokenTree | None, verdict: Verdict) -> list[Token]:
@@ -277,8 +277,8 @@ class Engine:
         out: list[Token] = []
         if tree is None:
             return out
-        depths = tree.depth_BN.amax(1).tolist() if tree.max_nodes > 1 else [0] * tree.batch_size
-        sizes = tree.num_nodes_B.tolist()
+        depths = tree.shape.depth_BN.max(1).tolist() if tree.max_nodes > 1 else [0] * tree.batch_size
+        sizes = tree.shape.sizes
         for row, one in enumerate(step.verifying):
             request, path = requests[one.id], verdict.paths[row]
             one.num_computed += len(path)

@@ -69,7 +69,7 @@ class CounterNoise:
         self._seeds, self._rounds, self._positions = list(seeds), list(rounds), list(positions)
         self.device = torch.device(device)
         if self.device.type != "cpu":
-            # A copy from the host waits for what runs on the device: it must not come behind a forward.
+            # The device takes copies and kernels in turn: these must not come behind a forward.
             _ = self.seeds_B, self.rounds_B, self.positions_B
 
     def select(self, rows: Seq[int]) -> CounterNoise:

@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from specdec.int_tensor import sent
+
 
 class OutOfPages(RuntimeError):
     """Fewer pages are free than were asked for; whoever asked keeps exactly what it had."""
@@ -156,7 +158,7 @@ class PageTable:
         if self._slots_C is None or self._slots_C.device != device:
             size = self.pool.page_size
             slots = np.array(self.pages, dtype=np.int64)[:, None] * size + np.arange(size)
-            self._slots_C = torch.from_numpy(slots.ravel()).to(device)
+            self._slots_C = sent(torch.from_numpy(slots.ravel()), device)
         return self._slots_C
 
     def begin(self, pages: list[int]) -> None:

@@ -13,7 +13,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from specdec.int_tensor import int_tensor
+from specdec.int_tensor import int_tensor, sent
 from specdec.kernels import cpu
 from specdec.kernels.dispatch import use_triton
 from specdec.kernels.sampling import RowKeys, RowParams, laws, sample
@@ -107,11 +107,11 @@ class BatchSampling:
         self.is_greedy = all(one.temperature == 0 for one in self.params)
         self.is_penalised = any(one.has_penalties for one in self.params)
         self._bias_BV = self._bias() if any(one.logit_bias for one in self.params) else None
-        # Copied now, before a forward is under way: a copy from the host waits for the device.
+        # Copied now, before a forward is under way: the device takes copies and kernels in turn.
         self._row_params = None if self.device.type == "cpu" else self._columns()
         if self.is_penalised:
             values = [(one.repetition_penalty, one.presence_penalty, one.frequency_penalty) for one in self.params]
-            self._penalties_B3 = torch.tensor(values, dtype=torch.float64, device=self.device)
+            self._penalties_B3 = sent(torch.tensor(values, dtype=torch.float64), self.device)
             self._output_count_BV = torch.stack(
                 [self._count(one, out) for one, out in zip(params, outputs, strict=True)]
             )
@@ -150,18 +150,11 @@ class BatchSampling:
         return self._row_params
 
     def _columns(self) -> RowParams:
-        names = (
-            ("temperature", torch.float32),
-            ("top_k", torch.int64),
-            ("top_p", torch.float32),
-            ("min_p", torch.float32),
+        floats_3B = torch.tensor(
+            [[getattr(one, name) for one in self.params] for name in ("temperature", "top_p", "min_p")]
         )
-        return RowParams(
-            *(
-                torch.tensor([getattr(one, name) for one in self.params], dtype=dtype, device=self.device)
-                for name, dtype in names
-            )
-        )
+        temperature_B, top_p_B, min_p_B = sent(floats_3B.float(), self.device)
+        return RowParams(temperature_B, int_tensor([one.top_k for one in self.params], self.device), top_p_B, min_p_B)
 
     def _bias(self) -> Tensor:
         rows = [b for b, one in enumerate(self.params) for _ in one.logit_bias]
@@ -169,7 +162,7 @@ class BatchSampling:
         values = [bias for one in self.params for bias in one.logit_bias.values()]
         bias_BV = torch.zeros(len(self.params), self.vocab_size, dtype=torch.float64)
         bias_BV[rows, ids] = torch.tensor(values, dtype=torch.float64)
-        return bias_BV.to(self.device)
+        return sent(bias_BV, self.device)
 
     def _processed(self, scores: Tensor, rows_R: Tensor, paths_RK: Tensor | None) -> Tensor:
         """Logits under bias and penalties; the given ones where nobody asks for either."""
@@ -205,8 +198,11 @@ class BatchSampling:
         return scores - frequency * output - presence * (output > 0)
 
     def _count(self, params: SamplingParams, tokens: Seq[int]) -> Tensor:
-        ids = torch.tensor(list(tokens) if params.has_penalties else [], dtype=torch.int64, device=self.device)
-        return torch.bincount(ids, minlength=self.vocab_size)
+        ids = int_tensor(list(tokens) if params.has_penalties else [], self.device)
+        # Not by bincount, which tells the host the largest.
+        return torch.zeros(self.vocab_size, dtype=torch.int64, device=self.device).scatter_add_(
+            0, ids, torch.ones_like(ids)
+        )
 
 
 class ModelLaws:
@@ -264,7 +260,7 @@ class ModelLaws:
     def largest(self, nodes: Seq[int], rows: Seq[int]) -> list[int]:
         """The token with the largest logit at one node of each of some trees, the first of equal ones."""
         if self._first is None:
-            self._first = [0, *itertools.accumulate(self.tree.num_nodes_B.tolist())]
+            self._first = [0, *itertools.accumulate(self.tree.shape.sizes)]
         places = [self._first[row] + node for row, node in zip(rows, nodes, strict=True)]
         # One node of each tree and no other: they have no more.
         is_all = len(places) == len(self.logits_TV)

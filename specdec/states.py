@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from specdec.int_tensor import int_tensor
+
 
 @dataclass(frozen=True, slots=True)
 class PickedStates(Mapping[int, Tensor]):
@@ -16,7 +18,8 @@ class PickedStates(Mapping[int, Tensor]):
     rows: slice | list[int]
 
     def __getitem__(self, layer: int) -> Tensor:
-        return self.step[layer][self.rows]
+        states = self.step[layer]
+        return states[self.rows] if isinstance(self.rows, slice) else states[int_tensor(self.rows, states.device)]
 
     def __iter__(self) -> Iterator[int]:
         return iter(self.step)
@@ -30,4 +33,4 @@ class PickedStates(Mapping[int, Tensor]):
         # All layers have the same rows.
         if next(iter(self.step.values())).shape[0] <= most * count:
             return self
-        return {layer: states[self.rows].clone() for layer, states in self.step.items()}
+        return {layer: self[layer].clone() for layer in self.step}

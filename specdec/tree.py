@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from dataclasses import InitVar, dataclass
 from functools import cached_property
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from specdec.draws import DrawKind as DrawKind
 from specdec.draws import TreeSpec as TreeSpec
-from specdec.int_tensor import int_tensor
+from specdec.int_tensor import fetched, int_tensor, sent, sent_together
 from specdec.tree_checks import check_tree
+from specdec.tree_shape import TreeShape
 
 
 @dataclass(frozen=True)
@@ -28,6 +27,10 @@ class TokenTree:
     `vocab_size` bounds the tokens; it is taken from the laws when there are any. `confidence_BN` is the drafter's own opinion
     of how likely each FIXED node is behind its parent (NaN: none), which no rule reads. Raises ValueError naming the broken
     rule.
+
+    Off the CPU the host keeps a copy, since whatever it asks a device it waits for: `known` is what it knows before, the trees
+    on the CPU or their shape (None: they are fetched, at once). Tokens that it does not know are checked where they come
+    along with something else (`check_tokens`).
     """
 
     tokens_BN: Tensor
@@ -39,9 +42,18 @@ class TokenTree:
     adapted: bool = True
     vocab_size: int | None = None
     confidence_BN: Tensor | None = None
+    known: InitVar[TokenTree | TreeShape | None] = None
 
-    def __post_init__(self) -> None:
-        check_tree(self)
+    def __post_init__(self, known: TokenTree | TreeShape | None) -> None:
+        if isinstance(known, TreeShape):
+            self.__dict__["shape"] = known
+        elif known is not None:
+            self.__dict__["on_cpu"], self.__dict__["shape"] = known, known.shape
+        elif self.device.type == "cpu" or self.draft_laws_BNV is not None:
+            # Laws stay where they are, and are looked at there.
+            check_tree(self)
+        else:
+            self.__dict__["shape"] = self.on_cpu.shape
 
     @property
     def batch_size(self) -> int:
@@ -60,37 +72,91 @@ class TokenTree:
         return torch.arange(self.max_nodes, device=self.device) < self.num_nodes_B[:, None]
 
     @cached_property
+    def shape(self) -> TreeShape:
+        """What the host knows of the trees, whatever their device."""
+        columns = self._columns
+        if self.device.type != "cpu":
+            columns = fetched(columns)
+        return TreeShape.of(columns)
+
+    @cached_property
+    def on_cpu(self) -> TokenTree:
+        """The same trees on the CPU, of FIXED nodes alone; fetched where the host does not know their tokens."""
+        if self.device.type == "cpu":
+            return self
+        columns, confidence_BN = [] if "shape" in self.__dict__ else self._columns, self.confidence_BN
+        # Bits of floats travel as integers: one transfer for all.
+        bits = [] if confidence_BN is None else [confidence_BN.float().view(torch.int32)]
+        tokens_BN, *found = fetched([self.tokens_BN, *columns, *bits])
+        if confidence_BN is not None:
+            confidence_BN = found.pop().to(torch.int32).view(torch.float32)
+        return self._as_known(tokens_BN, found, confidence_BN)
+
+    @property
+    def is_known(self) -> bool:
+        """Whether the host has the tokens."""
+        return self.device.type == "cpu" or "on_cpu" in self.__dict__
+
+    def check_tokens(self, tokens_BN: Tensor) -> None:
+        """Tokens that the host did not know and that came along with something else. Raises ValueError as construction does."""
+        if not self.is_known and self.draft_laws_BNV is None:
+            self._as_known(tokens_BN, [], None)
+
+    def to(self, device: torch.device | str) -> TokenTree:
+        """These trees of the CPU on a device, as one copy that the host need not wait for; of FIXED nodes alone."""
+        if torch.device(device).type == "cpu":
+            return self
+        assert self.device.type == "cpu" and self.draft_laws_BNV is None
+        confidence_BN = None if self.confidence_BN is None else sent(self.confidence_BN, device)
+        tokens_BN, parents_BN, num_nodes_B, draws_BM, kinds_BM = sent_together([self.tokens_BN, *self._columns], device)
+        return TokenTree(
+            tokens_BN,
+            parents_BN,
+            num_nodes_B,
+            draws_BM,
+            kinds_BM,
+            adapted=self.adapted,
+            vocab_size=self.vocab_size,
+            confidence_BN=confidence_BN,
+            known=self,
+        )
+
+    @property
+    def _columns(self) -> list[Tensor]:
+        return [self.parents_BN, self.num_nodes_B, self.draws_BM, self.kinds_BM]
+
+    def _as_known(self, tokens_BN: Tensor, columns: Seq[Tensor], confidence_BN: Tensor | None) -> TokenTree:
+        """On the CPU; `columns` where they were fetched, else those of the shape."""
+        parents_BN, num_nodes_B, draws_BM, kinds_BM = columns or self.shape.columns
+        return TokenTree(
+            tokens_BN,
+            parents_BN,
+            num_nodes_B,
+            draws_BM,
+            kinds_BM,
+            adapted=self.adapted,
+            vocab_size=self.vocab_size,
+            confidence_BN=confidence_BN,
+        )
+
+    @cached_property
     def ancestors_BNN(self) -> Tensor:
         """`[b, n, m]` is True iff m is n or one of its ancestors; rows of padding are all False."""
         if self.max_nodes == 1:
             return torch.ones(self.batch_size, 1, 1, dtype=torch.bool, device=self.device)
-        if self.device.type == "cpu":
-            return torch.from_numpy(_ancestors(self.parents_BN.numpy(), self.is_node_BN.numpy()))
-        ancestors = torch.zeros(*self.tokens_BN.shape, self.max_nodes, dtype=torch.bool, device=self.device)
-        node = torch.where(self.is_node_BN, torch.arange(self.max_nodes, device=self.device), -1)
-        while bool((node >= 0).any()):
-            # A finished node writes its own diagonal once more, so the scatter needs no mask.
-            at = torch.where(node >= 0, node, 0)
-            ancestors |= torch.zeros_like(ancestors).scatter_(2, at[..., None], (node >= 0)[..., None])
-            node = torch.where(node >= 0, self.parents_BN.gather(1, at), -1)
-        return ancestors
+        return sent(torch.from_numpy(self.shape.ancestors_BNN), self.device)
 
     @cached_property
     def depth_BN(self) -> Tensor:
         """Edges from the root; -1 for padding."""
         if self.max_nodes == 1:
             return torch.zeros_like(self.tokens_BN)
-        return self.ancestors_BNN.sum(-1) - 1
+        return sent(torch.from_numpy(self.shape.depth_BN), self.device)
 
     @cached_property
     def spec(self) -> TreeSpec:
         """What these very trees are, for the run-time check of a rule."""
-        drawn = self.kinds_BM[self.draws_BM >= 0]
-        kinds = frozenset(kind for kind in DrawKind if bool((drawn == kind).any()))
-        before = torch.arange(-1, self.max_nodes - 1, device=self.device)
-        in_line = bool(((self.parents_BN == before) | ~self.is_node_BN).all())
-        single = bool(((self.draws_BM >= 0).sum(1) == self.num_nodes_B - 1).all())
-        return TreeSpec(kinds, in_line and single, self.draft_laws_BNV is not None, self.adapted)
+        return TreeSpec(self.shape.kinds, self.shape.is_chain, self.draft_laws_BNV is not None, self.adapted)
 
     @cached_property
     def node_kinds_BN(self) -> Tensor:
@@ -110,7 +176,8 @@ class TokenTree:
     @staticmethod
     def roots(tokens_B: Tensor, vocab_size: int | None = None) -> TokenTree:
         """Trees of a root alone: plain decoding."""
-        return TokenTree.from_parents(tokens_B[:, None], torch.full_like(tokens_B[:, None], -1), vocab_size=vocab_size)
+        parents_B1 = torch.full((len(tokens_B), 1), -1, dtype=torch.int64)
+        return TokenTree.from_parents(tokens_B[:, None], parents_B1, vocab_size=vocab_size)
 
     @staticmethod
     def from_parents(
@@ -120,15 +187,29 @@ class TokenTree:
         vocab_size: int | None = None,
         confidence_BN: Tensor | None = None,
     ) -> TokenTree:
-        """Trees whose every child is FIXED, from tokens and parent indices."""
+        """Trees whose every child is FIXED, from tokens and parent indices; where these and the counts lie on the host, the
+        trees of a device do not ask it for their shape."""
         batch, nodes = tokens_BN.shape
+        place = parents_BN.device
         if num_nodes_B is None:
-            num_nodes_B = torch.full((batch,), nodes, dtype=torch.int64, device=tokens_BN.device)
-        index = torch.arange(1, nodes, device=tokens_BN.device).expand(batch, -1)
+            num_nodes_B = torch.full((batch,), nodes, dtype=torch.int64, device=place)
+        index = torch.arange(1, nodes, device=place).expand(batch, -1)
         draws = torch.where(index < num_nodes_B[:, None], index, -1) if nodes > 1 else index
         kinds = torch.full_like(draws, DrawKind.FIXED)
+        known = None
+        if place != tokens_BN.device:
+            columns = parents_BN, num_nodes_B, draws, kinds
+            known = TreeShape.of(columns)
+            parents_BN, num_nodes_B, draws, kinds = sent_together(columns, tokens_BN.device)
         return TokenTree(
-            tokens_BN, parents_BN, num_nodes_B, draws, kinds, vocab_size=vocab_size, confidence_BN=confidence_BN
+            tokens_BN,
+            parents_BN,
+            num_nodes_B,
+            draws,
+            kinds,
+            vocab_size=vocab_size,
+            confidence_BN=confidence_BN,
+            known=known,
         )
 
     @staticmethod
@@ -157,14 +238,14 @@ class TokenTree:
     ) -> TokenTree:
         """FIXED trees from ragged host lists of (tokens, parents), padded to the largest."""
         width = max(len(tokens) for tokens, _ in rows)
-        tokens_BN = int_tensor([tokens + [0] * (width - len(tokens)) for tokens, _ in rows], device)
-        parents_BN = int_tensor([parents + [-1] * (width - len(parents)) for _, parents in rows], device)
-        num_nodes_B = int_tensor([len(tokens) for tokens, _ in rows], device)
+        tokens_BN = int_tensor([tokens + [0] * (width - len(tokens)) for tokens, _ in rows])
+        parents_BN = int_tensor([parents + [-1] * (width - len(parents)) for _, parents in rows])
+        num_nodes_B = int_tensor([len(tokens) for tokens, _ in rows])
         confidence_BN = None
         if confidence is not None:
             filled = [[*one, *[torch.nan] * (width - len(one))] for one in confidence]
-            confidence_BN = torch.tensor(filled, device=device)
-        return TokenTree.from_parents(tokens_BN, parents_BN, num_nodes_B, vocab_size, confidence_BN)
+            confidence_BN = torch.tensor(filled)
+        return TokenTree.from_parents(tokens_BN, parents_BN, num_nodes_B, vocab_size, confidence_BN).to(device)
 
     @staticmethod
     def chain(
@@ -186,6 +267,9 @@ class TokenTree:
         """Stacks batches of trees, padding nodes, draws and laws to the largest."""
         if len(trees) == 1:
             return trees[0]
+        device = trees[0].device
+        if device.type != "cpu" and all(tree.is_known for tree in trees):
+            return TokenTree.concat([tree.on_cpu for tree in trees]).to(device)
         nodes = max(tree.max_nodes for tree in trees)
         draws = max(tree.draws_BM.shape[1] for tree in trees)
         with_laws = [tree.draft_laws_BNV for tree in trees if tree.draft_laws_BNV is not None]
@@ -214,21 +298,9 @@ class TokenTree:
             all(tree.adapted for tree in trees),
             next((tree.vocab_size for tree in trees if tree.vocab_size is not None), None),
             confidence,
+            None if device.type == "cpu" else TreeShape.concat([tree.shape for tree in trees]),
         )
 
 
 def _pad(values: Tensor, width: int, fill: float) -> Tensor:
     return torch.nn.functional.pad(values, (0, width - values.shape[1]), value=fill)
-
-
-def _ancestors(parents_BN: NDArray[np.int64], is_node_BN: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """See `TokenTree.ancestors_BNN`: each node has its parent's and itself."""
-    batch, nodes = parents_BN.shape
-    ancestors = np.zeros((batch, nodes, nodes), bool)
-    rows = np.arange(batch)
-    ancestors[:, 0, 0] = is_node_BN[:, 0]
-    for node in range(1, nodes):
-        inside_B = is_node_BN[:, node]
-        ancestors[:, node] = ancestors[rows, parents_BN[:, node]] & inside_B[:, None]
-        ancestors[:, node, node] = inside_B
-    return ancestors

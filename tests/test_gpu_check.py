@@ -13,12 +13,15 @@ from head_cases import eagle_config
 from specdec import cli
 from specdec.drafters.heads import EagleHead
 from specdec.drafters.heads.formats import save_head
-from specdec.experiments import gpu_kernels, gpu_sampling
-from specdec.experiments.gpu_kernels import check_kernels
+from specdec.experiments import gpu_check, gpu_kernels, gpu_sampling
+from specdec.experiments.gpu_aims import aims_of
+from specdec.experiments.gpu_kernels import CHECKS, check_kernels
 from specdec.experiments.gpu_measures import device_seconds, trees, wall_seconds
-from specdec.experiments.kernel_check import SMALL
+from specdec.experiments.kernel_check import SMALL, Sizes
 from specdec.kernels.acceptance import AcceptedPath
 from specdec.model import PagedModel
+from specdec.noise import CounterNoise
+from specdec.verifiers import Follow, Rejection
 
 SHAPE = {
     "hidden_size": 64,
@@ -33,6 +36,12 @@ RESULT_FIELDS = set(
     """experiment system target drafter policy rule num_nodes prompts temperature batch_size dtype device tau tokens_per_s
     plain_tokens_per_s speedup efficiency lossless command revision versions date""".split()  # noqa: SIM905
 )
+
+
+@pytest.fixture(autouse=True)
+def wide(monkeypatch) -> None:
+    """Tables are not wrapped."""
+    monkeypatch.setenv("COLUMNS", "300")
 
 
 @pytest.fixture(scope="module")
@@ -68,11 +77,18 @@ def test_all_parts_in_small(words, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert cli.main([*words, "output=gpu.jsonl"]) == 0
     out = capsys.readouterr().out
-    for told in ("tree_attention float32", "invariant attention", "text: drafter=ngram", "rounding: drafter=eagle"):
+    for told in (
+        "tree_attention float16",
+        "invariant attention bfloat16",
+        "text: drafter=ngram",
+        "text: drafter=ngram drafter/policy=chain rule=rejection",
+        "text at temperature 1: drafter=eagle",
+        "rounding: drafter=eagle",
+    ):
         assert told in " ".join(out.split())
     assert "these times are a CPU's" in out
     rows = rows_of(Path("gpu.jsonl"))
-    assert all(row["is_gpu"] is False and row["experiment"] == "gpu_check" for row in rows)
+    assert all(row["is_gpu"] is False and row["experiment"] == "gpu_check" and row["aims"] == {} for row in rows)
     by = {measure: [row for row in rows if row["measure"] == measure] for measure in ("copy", "attention", "forward")}
     assert len(by["copy"]) == 1
     # Contexts that the model has no positions for are left out of its forwards.
@@ -104,6 +120,82 @@ def test_nothing_is_measured_where_a_check_fails(words, tmp_path, monkeypatch, c
     assert "FAILED" in found.out
     assert "nothing is measured" in found.err
     assert not Path("gpu.jsonl").exists()
+
+
+def _drawn_wrongly(honest, when):
+    """A rule whose random numbers are those of other seeds for trees that `when` names."""
+
+    def call(self, tree, laws, noise):
+        size = tree.batch_size
+        other = CounterNoise(range(1000, 1000 + size), [7] * size, [11] * size)
+        return honest(self, tree, laws, other if when(tree) else noise)
+
+    return call
+
+
+def test_text_that_is_drawn_wrongly_is_found(words, tmp_path, monkeypatch, capsys):
+    """It is right when it is greedy; of `follow` wherever something is drafted, of `rejection` in company."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Follow, "__call__", _drawn_wrongly(Follow.__call__, lambda tree: tree.max_nodes > 1))
+    monkeypatch.setattr(Rejection, "__call__", _drawn_wrongly(Rejection.__call__, lambda tree: tree.batch_size > 1))
+    assert cli.main([*words, "parts=[text]", "systems=['drafter=eagle']"]) == 1
+    told = " ".join(word for word in capsys.readouterr().out.replace("│", " ").split())
+    greedy, drawn = told.split("text at temperature 1", 1)
+    assert "FAILED" not in greedy
+    assert drawn.count("FAILED") == 4
+
+
+def attention(**changes: object) -> dict:
+    return {"measure": "attention", "is_gpu": True, "context": 4096, "share_of_copy": 0.9} | changes
+
+
+def decoding(**changes: object) -> dict:
+    return {"measure": "decode", "is_gpu": True, "stand_in": True, "cuda_graphs": True, "host_share": 0.01} | changes
+
+
+@pytest.mark.parametrize(
+    ("row", "aims"),
+    [
+        (attention(), {"share_of_copy >= 0.85": "passed"}),
+        (attention(share_of_copy=0.849), {"share_of_copy >= 0.85": "missed"}),
+        (attention(context=1024, share_of_copy=0.2), {}),
+        (attention(is_gpu=False), {}),
+        (decoding(), {"host_share < 0.03": "passed"}),
+        (decoding(host_share=0.03), {"host_share < 0.03": "missed"}),
+        (decoding(cuda_graphs=False, host_share=0.5), {}),
+        (decoding(stand_in=None, host_share=0.5), {}),
+        (decoding(is_gpu=False, host_share=None), {}),
+        ({"measure": "forward", "is_gpu": True, "verify_ratio": 1.2}, {}),
+    ],
+)
+def test_aims(row: dict, aims: dict[str, str]) -> None:
+    assert aims_of(row) == aims
+
+
+def test_a_missed_aim_is_told_and_fails_nothing(words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(gpu_check, "aims_of", lambda row: aims_of(row | {"is_gpu": True}))
+    monkeypatch.setattr(gpu_check, "attention_bandwidth", lambda *given: 0.8 * 1e9)
+    monkeypatch.setattr(gpu_check, "copy_bandwidth", lambda *given: 1e9)
+    assert cli.main([*words, "parts=[bandwidth]", "contexts=[40,4096]", "batch_sizes=[1]", "output=gpu.jsonl"]) == 0
+    out = capsys.readouterr().out
+    assert "share_of_copy >= 0.85: missed" in " ".join(out.split())
+    assert "of 2 aims 0 passed, 2 missed" in out
+    outcomes = [row["aims"] for row in rows_of(Path("gpu.jsonl"))]
+    assert outcomes == [{}, {}, {}] + [{"share_of_copy >= 0.85": "missed"}] * 2
+
+
+def test_attention_kernels_are_checked_in_every_dtype_and_with_long_heads(monkeypatch):
+    """Interpreted, where no device runs them."""
+    pytest.importorskip("triton")
+    monkeypatch.setenv("SPECDEC_KERNELS", "triton")
+    assert all((256 in {size for _, _, size in sizes.heads}) for sizes in (SMALL, Sizes()))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    checks = [check for op in ("tree_attention", "kv_write", "path_commit") for check in CHECKS[op](device, SMALL)]
+    names = ("tree_attention", "invariant attention", "kv_write", "path_commit")
+    dtypes = ("float32", "bfloat16", "float16")
+    assert [one.name for one in checks] == [f"{name} {dtype}" for name in names for dtype in dtypes]
+    assert all(one.passed for one in checks)
 
 
 def test_ops_without_a_kernel_or_a_check_are_named(monkeypatch):

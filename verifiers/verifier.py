@@ -7,7 +7,7 @@ import time
 
 import torch
 
-from specdec.int_tensor import int_tensor
+from specdec.int_tensor import fetched, int_tensor
 from specdec.interfaces import Acceptance, AcceptanceRule, Noise, Verdict
 from specdec.kv_cache import KVCache
 from specdec.metrics import StepTimes
@@ -59,7 +59,7 @@ class Verifier:
         start = time.perf_counter()
         segments, wanted, row = [], [], 0
         place = {one.id: i for i, one in enumerate(plan.verifying)}
-        counts = [] if tree is None else tree.num_nodes_B.tolist()
+        counts = [] if tree is None else tree.shape.sizes
         root_rows: dict[int, int] = {}
         for one, chunk in zip(plan.sequences, plan.chunks, strict=True):
             tree_row = place.get(one.id)
@@ -72,10 +72,10 @@ class Verifier:
             wanted = [
                 root_rows[one.id] + n for one, count in zip(plan.verifying, counts, strict=True) for n in range(count)
             ]
-            # All that the host must look at comes before the forward: it would wait for that, and the device then for it.
+            # What the device is told comes before the forward: it need not wait for it behind.
             sampling = batch_sampling(plan.verifying, self.target.vocab_size, self.target.device)
             if tree.device.type != "cpu":
-                _ = tree.spec, tree.depth_BN
+                _ = tree.depth_BN
         prepared = time.perf_counter()
         rows = int_tensor(wanted, self.target.device)
         result = self.target.forward(segments, cache, rows, feature_layers)
@@ -103,8 +103,8 @@ class Verifier:
         logits_RV: torch.Tensor,
         cache: KVCache,
     ) -> Verdict:
-        accepted, extra, sizes, drafted, every = _on_host(tree, acceptance)
-        first = [0, *itertools.accumulate(sizes[:-1])]
+        accepted, extra, drafted, every = _on_host(tree, acceptance)
+        first = [0, *itertools.accumulate(tree.shape.sizes[:-1])]
         paths = [row[: count + 1] for row, count in zip(every, accepted, strict=True)]
         tokens = [[row[n] for n in path[1:]] + [t] for row, path, t in zip(drafted, paths, extra, strict=True)]
         source, target = [], []
@@ -121,19 +121,18 @@ class Verifier:
         return Verdict(paths, tokens, logprobs)
 
 
-def _on_host(
-    tree: TokenTree, acceptance: Acceptance
-) -> tuple[list[int], list[int], list[int], list[list[int]], list[list[int]]]:
-    """Per row: how many drafted tokens were accepted, the extra token, the number of nodes, their tokens, the padded path."""
-    columns = acceptance.num_accepted_B, acceptance.next_token_B, tree.num_nodes_B
-    if tree.device.type == "cpu":
-        accepted, extra, sizes = (one.tolist() for one in columns)
-        return accepted, extra, sizes, tree.tokens_BN.tolist(), acceptance.path_BK.tolist()
-    # One transfer: each would wait for the device.
-    rows = torch.cat([torch.stack(columns, 1), tree.tokens_BN, acceptance.path_BK], 1).tolist()
-    accepted, extra, sizes = (list(one) for one in zip(*(row[:3] for row in rows), strict=True))
-    behind = 3 + tree.max_nodes
-    return accepted, extra, sizes, [row[3:behind] for row in rows], [row[behind:] for row in rows]
+def _on_host(tree: TokenTree, acceptance: Acceptance) -> tuple[list[int], list[int], list[list[int]], list[list[int]]]:
+    """Per row: how many drafted tokens were accepted, the extra token, the nodes' tokens, the padded path."""
+    columns = [acceptance.num_accepted_B, acceptance.next_token_B, acceptance.path_BK]
+    if tree.device.type != "cpu":
+        # One transfer, the only one of a step that the host waits for if it knew the trees.
+        columns = fetched(columns if tree.is_known else [*columns, tree.tokens_BN])
+    if tree.is_known:
+        columns.append(tree.on_cpu.tokens_BN)
+    else:
+        tree.check_tokens(columns[-1])
+    accepted, extra, path, tokens = (one.tolist() for one in columns)
+    return accepted, extra, tokens, path
 
 
 def _kept(begin: int, chunk: int, path: list[int]) -> slice | list[int]:

@@ -203,7 +203,8 @@ class StreamCheckConfig(SystemsConfig, WorkloadConfig):
 class GpuCheckConfig(PromptsConfig):
     """`parts` are kernels, text, rounding (checks), bandwidth, forward, decode (measures), which are taken of a stand-in of
     `shape` beside the target itself. An item of `systems` holds the overrides that one would give to `generate`; those of a
-    head read `draft`. `small` makes the kernels' cases small. `prompt_file` None is a few prompts built in."""
+    head read `draft`. `checked_systems` are checked beside these, not measured. `small` makes the kernels' cases small.
+    `prompt_file` None is a few prompts built in."""
 
     target: TargetConfig = field(default_factory=TargetConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
@@ -211,6 +212,7 @@ class GpuCheckConfig(PromptsConfig):
     prompts: str | None = None
     draft: str | None = None
     systems: list[str] = MISSING
+    checked_systems: list[str] = MISSING
     parts: list[str] = MISSING
     contexts: list[int] = MISSING
     batch_sizes: list[int] = MISSING
