@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -22,8 +23,11 @@ from specdec.drafters.adaptive import AdaptiveSpeculation
 from specdec.drafters.heads import EagleHead, MedusaConfig, MedusaHeads
 from specdec.drafters.pruning import prune
 from specdec.drafters.union import UnionDrafter
+from specdec.graphs import ForwardGraphs
 from specdec.int_tensor import fetched, int_tensor, sent_together
 from specdec.interfaces import AcceptanceRule, Drafter, TreePolicy
+from specdec.kv_cache import KVCache
+from specdec.static_shapes import Ladder
 from specdec.tree import TokenTree
 from specdec.verifiers import Follow, Rejection, Verifier
 
@@ -53,17 +57,24 @@ def _drafter(name: str, target: PagedModel, move: Move) -> Drafter | None:
 
 
 def _engine(name: str, policy: TreePolicy | None, rule: AcceptanceRule, move: Move) -> Engine:
-    name, _, adaptive = name.partition(" ")
+    name, _, way = name.partition(" ")
     target = PagedModel(move(make_tiny()))
     settings: dict[str, Any] = {"max_batch_size": 3, "page_size": 4, "num_pages": 100, "cuda_graphs": False}
-    if adaptive:
+    if way == "adaptive":
         assert policy is not None
         # Drafts are next to free, and the clock stands still.
         costs = FrozenCosts(TargetCost((1, 2, 3), (1.0, 1.01, 1.02)), DraftCost(0.0))
         settings["speculation"] = AdaptiveSpeculation(
             policy, costs, device=target.device, explore=0.0, clock=lambda: 0.0
         )
-    return Engine(Verifier(target, rule), _drafter(name, target, move), policy, **settings)
+    engine = Engine(Verifier(target, rule), _drafter(name, target, move), policy, **settings)
+    if way == "padded":
+        # As for graphs, but for the recording.
+        ladder = Ladder(batches=(1, 4), nodes=(1, 8), max_words=1, min_keys=32, max_keys=64)
+        for storage in engine.pool.storages:
+            assert isinstance(storage, KVCache)
+            storage.graphs = ForwardGraphs(target.device, ladder, captures=False)
+    return engine
 
 
 CASES: list[tuple[str, TreePolicy | None, type[Follow] | type[Rejection], float, int]] = [
@@ -78,6 +89,7 @@ CASES: list[tuple[str, TreePolicy | None, type[Follow] | type[Rejection], float,
     # How these trees branch is decided on the device, and the host packs the forward by it.
     ("eagle", TopK(8, 3, 2), Follow, 1.0, 2),
     ("small_model", TopK(8, 3, 2), Follow, 0.0, 2),
+    ("eagle padded", chain(2), Follow, 1.0, 1),
     ("small_model adaptive", TopK(8, 3, 2), Follow, 0.0, 2),
     ("union adaptive", TopK(8, 3, 2), Follow, 0.0, 2),
 ]
@@ -85,8 +97,12 @@ CASES: list[tuple[str, TreePolicy | None, type[Follow] | type[Rejection], float,
 
 @pytest.mark.parametrize(("name", "policy", "rule", "temperature", "num_waits"), CASES)
 def test_the_host_waits_for_tokens_alone(name, policy, rule, temperature, num_waits) -> None:
-    """Requests of three lengths, so that trees of all kinds of batches occur; the texts are those of the CPU."""
-    params = [SamplingParams(temperature=temperature, seed=1, max_new_tokens=n, ignore_eos=True) for n in (5, 7, 6)]
+    """Requests of three kinds and lengths, so that all sorts of batches occur; the texts are those of the CPU."""
+    one = SamplingParams(temperature=temperature, seed=1, max_new_tokens=5, ignore_eos=True)
+    strict = replace(
+        one, max_new_tokens=7, repetition_penalty=1.2, frequency_penalty=0.1, logit_bias={5: 1.0}, top_p=0.9
+    )
+    params = [one, strict, replace(one, max_new_tokens=6, top_k=20)]
     wanted = [one.token_ids for one in _engine(name, policy, rule(), lambda m: m).generate(PROMPTS, params)]
     with pretended_cuda() as device:
         engine = _engine(name, policy, rule(), moved)
@@ -98,7 +114,7 @@ def test_the_host_waits_for_tokens_alone(name, policy, rule, temperature, num_wa
             waits.append(Counter(device.waits))
     assert [handle.request.result.token_ids for handle in handles] == wanted
     # The first of a batch computes what is kept for all steps, such as tables of frequencies.
-    assert len(waits) > 3
+    assert len(waits) > 2
     assert max(one[TO_HOST] for one in waits) == num_waits, waits
     assert all(one.keys() == {TO_HOST} for one in waits[2:]), waits
 
