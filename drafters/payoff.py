@@ -21,8 +21,9 @@ class Payoff:
     _FEWEST_STEPS, _FEWEST_ROWS = 3, 24
     # Or so many steps with drafts or without.
     _MOST_STEPS = 48
-    # Texts change: however much was lost, drafts are tried again behind so many steps, each time behind more.
-    _SHORTEST_REST, _FIRST_REST, _LONGEST_REST = 31, 127, 511
+    # Texts change: however much was lost, drafts are tried again behind so many steps, each time behind twice as many. Few may
+    # just have been unlucky.
+    _SHORTEST_REST, _LONGEST_REST, _MOST_ROWS = 32, 512, 4
     # A single step's time may be anything.
     _FEWEST_PLAIN, _MOST_PLAIN = 3, 5
     _LONGEST_UNSEEN = 64
@@ -34,7 +35,8 @@ class Payoff:
         self._since_plain = 0
         self._spent_s = self._plain_s = 0.0
         self._num_steps = self._num_drafted = self._num_rows = self._rest = self._rows = 0
-        self._next_rest = self._FIRST_REST
+        # Judgements in a row by which drafts did not pay.
+        self._num_lost = 0
         # The rows of the last steps that were judged, if drafts paid.
         self._proven_rows = 0
 
@@ -49,7 +51,7 @@ class Payoff:
             self._rest -= 1
             if _alike(num_rows, self._rows):
                 return True
-            self._rest, self._next_rest = 0, self._FIRST_REST
+            self._rest = self._num_lost = 0
         if has_prompts:
             return num_rows > 2 * self._proven_rows
         self._since_plain += 1
@@ -85,10 +87,11 @@ class Payoff:
         lost_s = self._spent_s - self._plain_s
         if lost_s > 0:
             enough = math.ceil(lost_s / (self._explore * step_s))
-            self._rest, self._rows = max(self._SHORTEST_REST, min(enough, self._next_rest)), num_rows
-            self._next_rest, self._proven_rows = min(2 * self._next_rest + 1, self._LONGEST_REST), 0
+            most = self._SHORTEST_REST * min(num_rows, self._MOST_ROWS) << self._num_lost
+            self._rest, self._rows = max(self._SHORTEST_REST, min(enough, most, self._LONGEST_REST)), num_rows
+            self._num_lost, self._proven_rows = min(self._num_lost + 1, 4), 0
         else:
-            self._next_rest, self._proven_rows = self._FIRST_REST, num_rows
+            self._num_lost, self._proven_rows = 0, num_rows
         self._spent_s = self._plain_s = 0.0
         self._num_steps = self._num_drafted = self._num_rows = 0
 

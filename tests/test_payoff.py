@@ -38,7 +38,7 @@ def test_plain_steps_come_first_and_then_one_now_and_then() -> None:
     assert rest_of(payoff) == 1
 
 
-@pytest.mark.parametrize("explore", [0.01, 0.02])
+@pytest.mark.parametrize("explore", [0.01, 0.006])
 def test_what_a_trial_lost_is_made_up_for_by_a_rest(explore: float) -> None:
     payoff = Payoff(explore)
     rest_of(payoff)
@@ -53,17 +53,28 @@ def test_drafts_are_tried_again_however_much_they_lost_each_time_behind_more_ste
     payoff = Payoff()
     rest_of(payoff)
     rests = []
-    for _ in range(4):
+    for _ in range(6):
         tried(payoff, 9 * PLAIN_S)
         rests.append(rest_of(payoff))
-    assert rests == [127, 255, 511, 511]
+    assert rests == [128, 256, 512, 512, 512, 512]
     tried(payoff, 1.9 * PLAIN_S)
     assert rest_of(payoff) == 0
     tried(payoff, 9 * PLAIN_S)
-    assert rest_of(payoff) == 127
+    assert rest_of(payoff) == 128
     # A loss so small may be chance, but what looking takes has no price.
     tried(payoff, 2.0001 * PLAIN_S)
-    assert rest_of(payoff) == 31
+    assert rest_of(payoff) == 32
+
+
+@pytest.mark.parametrize(("num_rows", "rests"), [(1, [32, 64, 128]), (2, [64, 128, 256]), (16, [128, 256, 512])])
+def test_few_rows_are_tried_again_sooner(num_rows: int, rests: list[int]) -> None:
+    payoff = Payoff()
+    rest_of(payoff, num_rows)
+    found = []
+    for _ in rests:
+        tried(payoff, 9 * PLAIN_S, 2 * num_rows, num_rows, max(3, 24 // num_rows))
+        found.append(rest_of(payoff, num_rows))
+    assert found == rests
 
 
 def test_beside_prompts_only_drafts_that_have_paid_go_on() -> None:
