@@ -31,7 +31,14 @@ def pack_linears(model: nn.Module, run: Callable[[], object], int8: bool = False
         product = SharedProduct([getattr(parent, name) for _, name in group], arena, int8)
         for index, (owner, name) in enumerate(group):
             setattr(owner, name, PackedLinear(product, index))
+    _move_out(model)
     return sum(isinstance(module, PackedLinear) for module in model.modules())
+
+
+def _move_out(model: nn.Module) -> None:
+    """Copies what is left, for it may lie in a file that was mapped as a whole, with all of the plain weights."""
+    for one in model.parameters():
+        one.data = one.data.clone()
 
 
 def set_invariant(model: nn.Module, is_invariant: bool) -> None:

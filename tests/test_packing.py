@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from test_model import ARCHITECTURES
 from torch import nn
 
 from specdec.engine import Engine
+from specdec.loading import load_model
 from specdec.model import PagedModel
 from specdec.packing import PackedLinear, can_pack, pack_linears
 from specdec.sampling import SamplingParams
@@ -129,3 +132,18 @@ def test_a_packed_model_generates():
     params = SamplingParams(max_new_tokens=12, ignore_eos=True)
     first, second = Engine(Verifier(model)).generate([[5, 6, 7], [8, 9]], params)
     assert len(first.token_ids) == len(second.token_ids) == 12
+
+
+@needs_bf16
+def test_the_file_that_the_plain_weights_lie_in_is_let_go(tmp_path: Path) -> None:
+    """Checkpoints are mapped as a whole, so that a norm's weight alone would hold all of the plain weights in memory."""
+    make_tiny().bfloat16().save_pretrained(tmp_path)
+    options = {"dtype": "bfloat16", "self_check": False, "numerics": "fast"}
+    plain = load_model(tmp_path, packed=False, **options)
+    assert str(tmp_path) in Path("/proc/self/maps").read_text(encoding="utf-8")
+    del plain
+    gc.collect()
+    model = load_model(tmp_path, **options)
+    gc.collect()
+    assert linears(model, PackedLinear)
+    assert str(tmp_path) not in Path("/proc/self/maps").read_text(encoding="utf-8")
