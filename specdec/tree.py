@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
-from dataclasses import InitVar, dataclass
+from dataclasses import InitVar, dataclass, replace
 from functools import cached_property
 
 import torch
@@ -90,7 +90,7 @@ class TokenTree:
         tokens_BN, *found = fetched([self.tokens_BN, *columns, *bits])
         if confidence_BN is not None:
             confidence_BN = found.pop().to(torch.int32).view(torch.float32)
-        return self._as_known(tokens_BN, found, confidence_BN)
+        return self._elsewhere(tokens_BN, found or self.shape.columns, confidence_BN)
 
     @property
     def is_known(self) -> bool:
@@ -100,7 +100,7 @@ class TokenTree:
     def check_tokens(self, tokens_BN: Tensor) -> None:
         """Tokens that the host did not know and that came along with something else. Raises ValueError as construction does."""
         if not self.is_known and self.draft_laws_BNV is None:
-            self._as_known(tokens_BN, [], None)
+            self._elsewhere(tokens_BN, self.shape.columns, None)
 
     def to(self, device: torch.device | str) -> TokenTree:
         """These trees of the CPU on a device, as one copy that the host need not wait for; of FIXED nodes alone."""
@@ -108,35 +108,27 @@ class TokenTree:
             return self
         assert self.device.type == "cpu" and self.draft_laws_BNV is None
         confidence_BN = None if self.confidence_BN is None else sent(self.confidence_BN, device)
-        tokens_BN, parents_BN, num_nodes_B, draws_BM, kinds_BM = sent_together([self.tokens_BN, *self._columns], device)
-        return TokenTree(
-            tokens_BN,
-            parents_BN,
-            num_nodes_B,
-            draws_BM,
-            kinds_BM,
-            adapted=self.adapted,
-            vocab_size=self.vocab_size,
-            confidence_BN=confidence_BN,
-            known=self,
-        )
+        tokens_BN, *columns = sent_together([self.tokens_BN, *self._columns], device)
+        return self._elsewhere(tokens_BN, columns, confidence_BN, self)
 
     @property
     def _columns(self) -> list[Tensor]:
         return [self.parents_BN, self.num_nodes_B, self.draws_BM, self.kinds_BM]
 
-    def _as_known(self, tokens_BN: Tensor, columns: Seq[Tensor], confidence_BN: Tensor | None) -> TokenTree:
-        """On the CPU; `columns` where they were fetched, else those of the shape."""
-        parents_BN, num_nodes_B, draws_BM, kinds_BM = columns or self.shape.columns
-        return TokenTree(
-            tokens_BN,
-            parents_BN,
-            num_nodes_B,
-            draws_BM,
-            kinds_BM,
-            adapted=self.adapted,
-            vocab_size=self.vocab_size,
+    def _elsewhere(
+        self, tokens_BN: Tensor, columns: Seq[Tensor], confidence_BN: Tensor | None, known: TokenTree | None = None
+    ) -> TokenTree:
+        """The same trees in tensors of another device; `columns` as in `_columns`."""
+        parents_BN, num_nodes_B, draws_BM, kinds_BM = columns
+        return replace(
+            self,
+            tokens_BN=tokens_BN,
+            parents_BN=parents_BN,
+            num_nodes_B=num_nodes_B,
+            draws_BM=draws_BM,
+            kinds_BM=kinds_BM,
             confidence_BN=confidence_BN,
+            known=known,
         )
 
     @cached_property
