@@ -282,7 +282,7 @@ class ToyModel:
         for segment in segments:
             own = segment.positions_Q.tolist()
             tail = own if segment.tail_positions_M is None else segment.tail_positions_M.tolist()
-            slots = [segment.table.slot(position) for position in range(segment.visible_len + len(tail))]
+            slots: list[int] = segment.table.slots("cpu")[: segment.visible_len + len(tail)].tolist()
             new += slots[len(slots) - len(own) :]
             layouts.append((segment, slots, own, [*range(segment.visible_len), *tail]))
         # One more than the token, so that 0 is a slot that nobody has written.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 import weakref
 from collections.abc import Callable
-from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
 import numpy as np
@@ -200,7 +199,7 @@ class AdaptiveSpeculation:
             return None
         drafted = [one for one, depth in zip(sequences, depths, strict=True) if depth]
         num_nodes = round(float(self._expanded_D[depths].sum()))
-        return DraftSize(max(depths), num_nodes, sum(num_unread(drafter, drafted)))
+        return DraftSize(max(depths), num_nodes, sum(map(drafter.num_unread, drafted)))
 
     def learn(self, step: Plan, tree: TokenTree | None, verdict: Verdict, seconds: float) -> None:
         """What became of the step and the seconds it took in all."""
@@ -245,7 +244,16 @@ class AdaptiveSpeculation:
         if in_vain:
             self._payoff.saw_plain(num_rows, seconds - last.looked_s, plain_s)
         if not in_vain or last.looked_s > 0:
-            self._payoff.saw_drafts(num_rows, num_tokens, seconds, plain_s, in_vain)
+            self._payoff.saw_drafts(num_rows, num_tokens, seconds, plain_s, in_vain, self._reading_s(last))
+
+    def _reading_s(self, last: _Step) -> float:
+        """What the step's drafter took to read texts that it had not followed; the root is read for every draft."""
+        if last.draft is None:
+            return 0.0
+        size, num_drafted = last.draft, sum(depth > 0 for depth in last.depths)
+        caught_up = np.array([size.num_caught_up, num_drafted], dtype=float)
+        whole_s, bare_s = self.costs.draft_s(np.full(2, size.num_levels), np.full(2, size.num_nodes), caught_up)
+        return last.draft_s * float(1 - min(bare_s / whole_s, 1.0))
 
     def _options(
         self,
@@ -261,7 +269,7 @@ class AdaptiveSpeculation:
             gain_BDO,
             nodes_BDO,
             self._expanded_D,
-            np.array(num_unread(drafter, sequences), dtype=float),
+            np.array([drafter.num_unread(one) for one in sequences], dtype=float),
             limits_B,
             1 / np.clip(left, 1, self._HORIZON),
         )
@@ -336,11 +344,6 @@ class AdaptiveSpeculation:
             has_nodes_B = has_nodes_B | (scores.depth_BN > 0).any(1)
             self.counts.num_pruned += int((scores.depth_BN > 0).sum()) - nodes
         self.counts.num_drafted += int(has_nodes_B.sum())
-
-
-def num_unread(drafter: Drafter, sequences: Seq[Sequence]) -> list[int]:
-    """Final tokens that the drafter has yet to read for a tree of each sequence, the root among them."""
-    return [max(len(one.token_ids) - drafter.covered(one.id), 1) for one in sequences]
 
 
 def _load(step: Plan) -> Load:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import weakref
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from specdec.decoder import NotServed
+from specdec.drafters.features import Features, PageNote
 from specdec.drafters.growth import Grown
 from specdec.drafters.heads.eagle import EagleHead
 from specdec.drafters.heads.frequencies import FrequentTokens, frequent_tokens
@@ -27,53 +29,56 @@ from specdec.kernels.tree_attention import AttentionPlan, tree_attention
 from specdec.kv_cache import KVCache, LayerShape
 from specdec.model import PagedModel, Segment, plan_attention
 from specdec.packing import can_pack
-from specdec.pages import PagePool, PageTable
+from specdec.pages import PagePool, PageTable, TableView, page_ends
 from specdec.sequence import Sequence
-from specdec.states import PickedStates
 from specdec.static_shapes import StaticInputs
 from specdec.tree import TokenTree
-
-# A view of a step's states may keep so many times its own size alive.
-_MOST_HELD = 32
 
 
 @dataclass
 class _State:
-    """How far the head has computed a sequence, and the features [n, D] of positions from `first` on: those that it has not
-    read yet and the last that it has, for a tree may be asked for again.
+    """How far the head has computed a sequence, and the features that it has not read yet, with the last that it has, for a
+    tree may be asked for again.
 
-    The last of them lie in `hidden` as the target gave them, piece by piece, until they are read: most texts are never read
-    where drafting does not pay.
+    `notes` are of its full pages, by the position behind them, until they are asked for; `filling` those of its own pages that
+    have entries to read, `adopted` of the pages that came with a shared prefix and were not read when it began.
     """
 
     num_computed: int = 0
-    first: int = 0
-    features: list[Tensor] = field(default_factory=list)
-    hidden: list[Mapping[int, Tensor]] = field(default_factory=list)
+    features: Features = field(default_factory=Features)
+    notes: dict[int, PageNote] = field(default_factory=dict)
+    filling: list[PageNote] = field(default_factory=list)
+    adopted: list[PageNote] = field(default_factory=list)
 
     def take(self, start: int, end: int) -> Tensor:
-        """Features of positions `start`..`end`-1, all fused; those before the last of them are not asked for again."""
-        if len(self.features) > 1:
-            self.features = [torch.cat(self.features)]
-        taken = self.features[0][start - self.first : end - self.first]
-        self.features[0] = self.features[0][end - 1 - self.first :]
-        self.first = end - 1
-        return taken
+        """Features of entries `start`..`end`-1, all fused, which are about to be read."""
+        for note in self.filling:
+            note.read_to(end)
+        self.filling = [note for note in self.filling if not note.is_read]
+        return self.features.take(start, end)
+
+    def waiting(self) -> list[PageNote]:
+        """The adopted pages that nobody has read yet, in their order."""
+        self.adopted = [note for note in self.adopted if not note.is_read]
+        return self.adopted
 
 
 class EagleDrafter(LevelDrafter):
     """Drafts with an EAGLE head (Li et al. 2024, EAGLE, section 3; Li et al. 2025, EAGLE-3, section 3.1).
 
-    Its entry t reads the feature of token t and token t + 1. Final tokens are run with the target's own features, as the
-    verifying forward gave them; drafted nodes with the head's own outputs in their place. What a tree left behind in the
-    slots is overwritten, never committed. `tokens` are those it drafts from (None: all that the head knows). `int8` rounds the
+    Its entry t reads the feature of token t and token t + 1, in whose slot it lies. Final tokens are run with the target's own
+    features, as the verifying forward gave them; drafted nodes with the head's own outputs in their place. What a tree left
+    behind in the slots is overwritten, never committed. Full pages are shared with what is needed to go on: the feature of
+    their last position, and while their entries have not been run the features of these, so that a prompt need not be read
+    where no draft pays. `tokens` are those it drafts from (None: all that the head knows). `int8` rounds the
     head's weights to 8 bits where our CPU kernels run, which halves what a draft reads. Raises ValueError where head and
     target do not fit.
     """
 
     name = "eagle"
-    # Entry t reads token t + 1, which behind a shared prefix need not be the one it was computed with.
-    overlap = 1
+    # Pages that may be shared before they have been read: so many, or this part of all. Their features take several per cent
+    # of the memory that keys and values take.
+    _MOST_WAITING, _WAITING_SHARE = 64, 1 / 8
 
     def __init__(
         self, head: EagleHead | HeadSource[EagleHead], tokens: FrequentTokens | None = None, int8: bool = False
@@ -82,6 +87,7 @@ class EagleDrafter(LevelDrafter):
         self.feature_layers: tuple[int, ...] = ()
         self._cache: KVCache | None = None
         self._states: dict[int, _State] = {}
+        self._unread: weakref.WeakSet[PageNote] = weakref.WeakSet()
 
     def bind(self, target: PagedModel, pool: PagePool) -> None:
         self.head = resolve(self._source, target)
@@ -103,7 +109,9 @@ class EagleDrafter(LevelDrafter):
         config = self.head.config
         shape = LayerShape(config.num_kv_heads, config.head_size, config.head_size)
         self._cache = KVCache(pool, [shape], target.dtype, target.device)
+        self._pool = pool
         self._states.clear()
+        self._unread.clear()
 
     def _fused_growth(self, target: PagedModel, lm_head: Callable[[Tensor], Tensor]) -> FusedGrowth:
         assert self._fused is not None
@@ -119,30 +127,65 @@ class EagleDrafter(LevelDrafter):
         limit = self.head.config.max_positions
         wanted = [commit for commit in commits if limit is None or commit.start < limit]
         for commit in wanted:
-            self._states.setdefault(commit.sequence_id, _State()).hidden.append(_apart(commit.hidden))
+            state = self._states.setdefault(commit.sequence_id, _State())
+            state.features.add(len(commit.token_ids), commit.hidden)
+            for end in page_ends(commit.start, state.features.end, self._pool.page_size):
+                self._fill(state, end)
         self._read_along(wanted)
+
+    def _fill(self, state: _State, end: int) -> None:
+        """A page is full: the one that ends before position `end`."""
+        # Its first entry is that of the feature before it.
+        first, last = max(end - self._pool.page_size - 1, 0), end - 1
+        start = min(max(state.num_computed, first), last)
+        note = state.notes[end] = PageNote(start, last, state.features.part(start, end))
+        if not note.is_read:
+            state.filling.append(note)
+            self._unread.add(note)
 
     def covered(self, sequence_id: int) -> int:
         state = self._states.get(sequence_id)
+        return 0 if state is None else state.features.end
+
+    def note(self, sequence_id: int, end: int) -> PageNote:
+        return self._states[sequence_id].notes.pop(end)
+
+    def adopt(self, sequence: Sequence, num_positions: int, notes: Seq[PageNote]) -> None:
+        last = notes[-1].features.part(num_positions - 1, num_positions)
+        adopted = [note for note in notes if not note.is_read]
+        self._states[sequence.id] = _State(num_positions - 1, last, adopted=adopted)
+
+    def num_unread(self, sequence: Sequence) -> int:
+        state = self._states.get(sequence.id)
+        if state is None:
+            return max(len(sequence.token_ids) - 1, 1)
+        num_waiting = sum(note.end - note.start for note in state.waiting())
+        return max(len(sequence.token_ids) - 1 - state.num_computed, 1) + num_waiting
+
+    def _num_read(self, sequence_id: int) -> int:
+        state = self._states.get(sequence_id)
         return 0 if state is None else state.num_computed
 
-    def adopt(self, sequence: Sequence, num_positions: int) -> None:
-        self._states[sequence.id] = _State(num_positions, num_positions)
+    @property
+    def _reads_prompts(self) -> bool:
+        """What has not been read is shared with its features, as long as these are not too many."""
+        most = max(self._MOST_WAITING, self._WAITING_SHARE * self._pool.num_pages)
+        if len(self._unread) > most:
+            self._unread = weakref.WeakSet(note for note in self._unread if not note.is_read)
+        return len(self._unread) > most
 
     def forget(self, sequence_ids: Seq[int]) -> None:
         for sequence_id in sequence_ids:
             self._states.pop(sequence_id, None)
 
-    def fuse(self, states: Seq[_State]) -> None:
+    def fuse(self, each: Seq[Features]) -> None:
         """Turns all that was kept of the target's states into the head's features, at once."""
-        pieces = [piece for state in states for piece in state.hidden]
-        if not pieces:
-            return
-        fused = self._served.fuse([torch.cat([piece[layer] for piece in pieces]) for layer in self.feature_layers])
-        sizes = [sum(len(piece[self.feature_layers[0]]) for piece in state.hidden) for state in states]
-        for state, features in zip(states, fused.split(sizes), strict=True):
-            state.features.append(features)
-            state.hidden = []
+        pieces = Features.unfused(each)
+        if pieces:
+            fused_TD = self._served.fuse(
+                [torch.cat([piece[layer] for piece in pieces]) for layer in self.feature_layers]
+            )
+            Features.put_fused(each, fused_TD)
 
     @torch.inference_mode()
     def run(self, segments: Seq[Segment], features_TD: Tensor, rows_R: Tensor | None = None) -> Tensor:
@@ -207,7 +250,7 @@ class EagleDrafter(LevelDrafter):
             # Before the first token of all there is no feature.
             return 0
         limit = self.head.config.max_positions
-        # The root's entry lies one position before the root, and the deepest level is never run.
+        # The root's entry has the position before the root's, and the deepest level is never run.
         return sequence.max_draft_depth if limit is None else limit + 1 - sequence.root_position
 
     def _round(self, sequences: Seq[Sequence], limits: list[int]) -> _EagleRound:
@@ -218,10 +261,41 @@ class _EagleRound(LevelRound):
     """One round: catches the head up to the root, then runs the tree's nodes level by level on its own outputs."""
 
     shift = 1
+    # Pages of a shared prefix that a row has read at once.
+    _MOST_PAGES = 32
 
     def __init__(self, drafter: EagleDrafter, sequences: Seq[Sequence], limits: list[int], states: Seq[_State]) -> None:
         super().__init__(drafter, sequences, limits, states)
         self._eagle, self._states = drafter, states
+
+    def catch_up(self) -> Tensor:
+        self._read_adopted([row for row, limit in enumerate(self.limits) if limit > 0])
+        return super().catch_up()
+
+    def read(self, ends: list[int]) -> None:
+        self._read_adopted(range(len(ends)))
+        super().read(ends)
+
+    def _read_adopted(self, rows: Seq[int]) -> None:
+        """Reads the pages of shared prefixes that nobody has read yet, each once, however many have it."""
+        while any(self._states[row].waiting() for row in rows):
+            taken, spans = list[PageNote](), list[Span]()
+            for row in rows:
+                run = list[PageNote]()
+                for note in self._states[row].waiting():
+                    # What comes behind a page that is being read for another row waits for it.
+                    is_next = not run or note.start == run[-1].end
+                    if note in taken or not is_next or len(run) >= self._MOST_PAGES:
+                        break
+                    run.append(note)
+                if run:
+                    spans.append(Span(row, run[0].start, run[-1].end))
+                    taken += run
+            self._eagle.fuse([note.features for note in taken])
+            features = [note.features.take(note.start, note.end) for note in taken]
+            self._eagle.run([self.segment(span) for span in spans], torch.cat(features), int_tensor([], self.device))
+            for note in taken:
+                note.read_to(note.end)
 
     def expand_root(self) -> NextLogits:
         # Outputs of all expanded nodes in their order, the root first.
@@ -243,14 +317,14 @@ class _EagleRound(LevelRound):
             return None
         states_BD = self.catch_up()
         roots = [
-            growing_root(one.table, total, limit)
-            for one, total, limit in zip(self.sequences, self._num_entries, self.limits, strict=True)
+            growing_root(table, total, limit)
+            for table, total, limit in zip(self.tables, self._num_entries, self.limits, strict=True)
         ]
         trees = self._eagle.confidence_trees(roots, states_BD, max_nodes - 1, depth, k)
         return None if trees is None else _grown(trees, self.roots_B, self.vocab_size)
 
     def run_chunk(self, segments: list[Segment], spans: list[Span], rows_R: Tensor) -> Tensor:
-        self._eagle.fuse([self._states[span.row] for span in spans])
+        self._eagle.fuse([self._states[span.row].features for span in spans])
         features = torch.cat([self._states[span.row].take(span.start, span.end) for span in spans])
         return self._eagle.run(segments, features, rows_R)
 
@@ -258,7 +332,7 @@ class _EagleRound(LevelRound):
         return NextLogits(self, *self._eagle.answer(hidden_BWD))
 
 
-def growing_root(table: PageTable, num_entries: int, limit: int) -> GrowingRoot:
+def growing_root(table: PageTable | TableView, num_entries: int, limit: int) -> GrowingRoot:
     """A root behind `num_entries` entries (its own is the last of them)."""
     first = table.first_slot
     if first is not None:
@@ -276,16 +350,6 @@ def _grown(trees: GrownTrees, roots_B: Tensor, vocab_size: int) -> Grown:
     confidence_BN = pad(trees.confidence_BN[:, :width], (1, 0), value=torch.nan)
     tree = TokenTree.from_parents(tokens_BN, parents_BN, 1 + trees.num_nodes_B, vocab_size, confidence_BN)
     return Grown(tree, expanded_BN)
-
-
-def _apart(hidden: Mapping[int, Tensor]) -> Mapping[int, Tensor]:
-    """The states as they are kept: views of a whole step's as long as most of that is wanted, else copies, so that one that
-    waits to be read does not hold on to the prompts of others."""
-    if isinstance(hidden, PickedStates):
-        return hidden.apart(_MOST_HELD)
-    if any(states.untyped_storage().nbytes() > _MOST_HELD * states.nbytes for states in hidden.values()):
-        return {layer: states.clone() for layer, states in hidden.items()}
-    return hidden
 
 
 def check_fit(head: EagleHead, target: PagedModel) -> None:

@@ -18,7 +18,7 @@ from specdec.sequence import Sequence
 
 
 class Progress(Protocol):
-    """How many entries of a sequence the network has run: their keys and values lie in as many slots."""
+    """How many entries of a sequence the network has run."""
 
     num_computed: int
 
@@ -35,16 +35,22 @@ class Span:
 class LevelDrafter(NetworkDrafter):
     """Base of the drafters that run a network over the target's pages.
 
-    They read along with the target, one of its prompt chunks behind: so a prompt of a single chunk is read together with its
-    root, and a step never has more of a long one to read than the target had in a step before. Tokens that no tree was asked
-    behind wait until one is: reading them costs several per cent of what the target costs, for nothing where no draft pays.
-    Only of more than `_MOST_UNREAD` the oldest are read, `_BULK` at a time, so that what waits is bounded. A prompt of
-    `_SHAREABLE` tokens is read in any case, for only what has been read can be shared with requests that begin alike.
+    Tokens that no tree was asked behind wait until one is: reading them costs several per cent of what the target costs, for
+    nothing where no draft pays. Only of more than `_MOST_UNREAD` the oldest are read, of a text `_BULK` at a time, so that what
+    waits is bounded. If `_reads_prompts`, these are read along with the target, one of its chunks behind: so a prompt of a
+    single chunk is read together with its root, and a step never has more of a long one to read than the target had in a step
+    before; of `_SHAREABLE` tokens in any case, whether there are going to be drafts or not.
     """
 
     _MOST_UNREAD, _BULK, _SHAREABLE = 512, 64, 16
 
-    def covered(self, sequence_id: int) -> int:
+    @property
+    def _reads_prompts(self) -> bool:
+        """Whether what has not been read cannot be shared with requests that begin alike."""
+        return True
+
+    def _num_read(self, sequence_id: int) -> int:
+        """How many entries of the sequence have been run."""
         raise NotImplementedError
 
     def _read_along(self, commits: Seq[Commit]) -> None:
@@ -54,15 +60,15 @@ class LevelDrafter(NetworkDrafter):
             one = commit.sequence
             if one is None:
                 continue
-            covered = self.covered(one.id)
-            num_unread = commit.start - covered
+            num_read = self._num_read(one.id)
+            num_unread = commit.start - num_read
             # By its place, not by its nodes: those are also missing where the drafter was not asked for this tree.
-            in_prompt = commit.start < one.prompt_len or covered < one.prompt_len >= self._SHAREABLE
-            is_due = num_unread > 0 if in_prompt else num_unread >= self._MOST_UNREAD
+            in_prompt = commit.start < one.prompt_len or num_read < one.prompt_len >= self._SHAREABLE
+            is_due = num_unread > 0 if in_prompt and self._reads_prompts else num_unread >= self._MOST_UNREAD
             # The token to come takes one of the places that are left.
             if is_due and min(one.max_draft_depth - 1, self._limit(one)) > 0:
                 due.append(one)
-                ends.append(commit.start if in_prompt else covered + self._BULK)
+                ends.append(commit.start if in_prompt else num_read + self._BULK)
         if due:
             draft = self._round(due, [0] * len(due))
             assert isinstance(draft, LevelRound)
@@ -72,8 +78,9 @@ class LevelDrafter(NetworkDrafter):
 class LevelRound(NetworkRound):
     """Catches the network up with the final tokens, then runs the tree's nodes level by level.
 
-    The network has an entry per final token but the first `shift`: entry t reads token t + `shift` and lies at position
-    and slot t. The last entry stands for the root, drafted nodes lie behind it.
+    The network has an entry per final token but the first `shift`: entry t has position t, reads token t + `shift` and lies in
+    that token's slot, so that a page holds what its own tokens and those before them determine. The last entry stands for the
+    root, drafted nodes lie behind it.
     """
 
     shift = 0
@@ -85,6 +92,7 @@ class LevelRound(NetworkRound):
         super().__init__(drafter, sequences, limits)
         self._progress = progress
         self._num_entries = [len(one.token_ids) - self.shift for one in sequences]
+        self.tables = [one.table.behind(self.shift) if self.shift else one.table for one in sequences]
         self._num_entries_B = int_tensor(self._num_entries, self.device)
         # Expanded nodes behind the root: who is an ancestor of whom (itself included), and at what depth.
         self._ancestors_BXX = torch.zeros(len(sequences), 0, 0, dtype=torch.bool, device=self.device)
@@ -122,14 +130,16 @@ class LevelRound(NetworkRound):
         return self.spread(torch.stack([at_root[row] for row in live]), live)
 
     def _run_spans(self, spans: list[Span], rows: list[int]) -> Tensor:
-        segments = []
+        segments = [self.segment(span) for span in spans]
         for span in spans:
-            one = self.sequences[span.row]
-            tokens = one.token_ids[span.start + self.shift : span.end + self.shift]
-            positions = torch.arange(span.start, span.end, device=self.device)
-            segments.append(Segment(one.table, span.start, int_tensor(tokens, self.device), positions))
             self._progress[span.row].num_computed = span.end
         return self.run_chunk(segments, spans, int_tensor(rows, self.device))
+
+    def segment(self, span: Span) -> Segment:
+        """Entries of final tokens."""
+        tokens = self.sequences[span.row].token_ids[span.start + self.shift : span.end + self.shift]
+        positions = torch.arange(span.start, span.end, device=self.device)
+        return Segment(self.tables[span.row], span.start, int_tensor(tokens, self.device), positions)
 
     def level(self, tokens_BW: Tensor, parents_BW: Tensor, depth: int) -> tuple[list[Segment], list[int]]:
         """The next level's nodes as segments, and the batch rows that they belong to: those that may go deeper still."""
@@ -146,7 +156,7 @@ class LevelRound(NetworkRound):
         live = [row for row, limit in enumerate(self.limits) if limit > depth]
         segments = [
             Segment(
-                self.sequences[row].table,
+                self.tables[row],
                 self._num_entries[row],
                 tokens_BW[row],
                 positions_BM[row, old:],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -12,13 +13,23 @@ from specdec.drafters.heads.medusa import MedusaHeads
 from specdec.drafters.heads.source import HeadSource, resolve
 from specdec.drafters.network import NetworkDrafter, NetworkRound, NextLogits, fitted
 from specdec.drafters.vocabulary import drafting
-from specdec.interfaces import Commit, OffPages
+from specdec.interfaces import Commit
 from specdec.model import PagedModel
-from specdec.pages import PagePool
+from specdec.pages import PagePool, page_ends
 from specdec.sequence import Sequence
 
 
-class MedusaDrafter(OffPages, NetworkDrafter):
+@dataclass
+class _State:
+    """The state of the last token that went through the target, how many there were, and the states of the last tokens of pages
+    that nobody has asked for yet, by the position behind them."""
+
+    last_D: Tensor = field(default_factory=lambda: torch.empty(0))
+    covered: int = 0
+    notes: dict[int, Tensor] = field(default_factory=dict)
+
+
+class MedusaDrafter(NetworkDrafter):
     """Drafts with heads on the target's last hidden state (Cai et al. 2024, Medusa, section 2.1).
 
     The state of the token before the root gave the root itself; from the same state head i predicts the token i + 1 places
@@ -28,15 +39,13 @@ class MedusaDrafter(OffPages, NetworkDrafter):
     """
 
     name = "medusa"
-    # The state of the token before the root is on no page.
-    overlap = 1
 
     def __init__(
         self, heads: MedusaHeads | HeadSource[MedusaHeads], tokens: FrequentTokens | None = None, int8: bool = False
     ) -> None:
         self._source, self._tokens, self._int8 = heads, tokens, int8
         self.feature_layers: tuple[int, ...] = ()
-        self._states: dict[int, Tensor] = {}
+        self._states: dict[int, _State] = {}
 
     def bind(self, target: PagedModel, pool: PagePool) -> None:
         self.heads = resolve(self._source, target)
@@ -54,14 +63,32 @@ class MedusaDrafter(OffPages, NetworkDrafter):
         self._served = fitted(found.head, target, _run_once, self._int8)
         self._lm_head, self.ids_R = found.lm_head, found.ids_R
         self.vocab_size, self.device = target.vocab_size, target.device
+        self._page_size = pool.page_size
         self.feature_layers = (target.num_layers,)
         self._states.clear()
 
     def observe(self, commits: Seq[Commit]) -> None:
         (layer,) = self.feature_layers
         for commit in commits:
-            # A copy, so that one state does not keep a whole chunk of them.
-            self._states[commit.sequence_id] = commit.hidden[layer][-1].clone()
+            hidden_TD, state = commit.hidden[layer], self._states.setdefault(commit.sequence_id, _State())
+            # Copies, so that one state does not keep a whole chunk of them.
+            state.last_D, state.covered = hidden_TD[-1].clone(), commit.start + len(commit.token_ids)
+            for end in page_ends(commit.start, state.covered, self._page_size):
+                state.notes[end] = hidden_TD[end - 1 - commit.start].clone()
+
+    def covered(self, sequence_id: int) -> int:
+        state = self._states.get(sequence_id)
+        return 0 if state is None else state.covered
+
+    def note(self, sequence_id: int, end: int) -> Tensor:
+        """The state of the page's last token."""
+        return self._states[sequence_id].notes.pop(end)
+
+    def adopt(self, sequence: Sequence, num_positions: int, notes: Seq[Tensor]) -> None:
+        self._states[sequence.id] = _State(notes[-1], num_positions)
+
+    def num_unread(self, sequence: Sequence) -> int:
+        return 1
 
     def forget(self, sequence_ids: Seq[int]) -> None:
         for sequence_id in sequence_ids:
@@ -74,7 +101,7 @@ class MedusaDrafter(OffPages, NetworkDrafter):
     @torch.inference_mode()
     def _round(self, sequences: Seq[Sequence], limits: list[int]) -> _MedusaRound:
         nothing = next(iter(self._states.values()))
-        hidden_BD = torch.stack([self._states.get(one.id, nothing) for one in sequences])
+        hidden_BD = torch.stack([self._states.get(one.id, nothing).last_D for one in sequences])
         return _MedusaRound(self, sequences, limits, self._served.logits(hidden_BD, self._lm_head, max(limits)))
 
 

@@ -37,7 +37,6 @@ class SmallModelDrafter(LevelDrafter):
 
     name = "small_model"
     feature_layers: tuple[int, ...] = ()
-    overlap = 0
 
     def __init__(self, model: PagedModel) -> None:
         self.model = model
@@ -77,10 +76,19 @@ class SmallModelDrafter(LevelDrafter):
         self._read_along(commits)
 
     def covered(self, sequence_id: int) -> int:
+        return self._num_read(sequence_id)
+
+    def num_unread(self, sequence: Sequence) -> int:
+        return max(len(sequence.token_ids) - self._num_read(sequence.id), 1)
+
+    def _num_read(self, sequence_id: int) -> int:
         state = self._states.get(sequence_id)
         return 0 if state is None else state.num_computed
 
-    def adopt(self, sequence: Sequence, num_positions: int) -> None:
+    def note(self, sequence_id: int, end: int) -> None:
+        """All that it has of a page's tokens is on the page."""
+
+    def adopt(self, sequence: Sequence, num_positions: int, notes: Seq[None]) -> None:
         self._states[sequence.id] = _State(sequence.table, num_positions)
 
     def forget(self, sequence_ids: Seq[int]) -> None:

@@ -40,8 +40,6 @@ class UnionDrafter:
         self.members, self._enough = [Member(one) for one in drafters], enough
         self._num_ready = len([*itertools.takewhile(lambda one: isinstance(one, ReadyMade), drafters)])
         self.feature_layers: tuple[int, ...] = ()
-        # Positions that any of them has to compute again.
-        self.overlap = max(one.overlap for one in drafters)
 
     @property
     def is_ready(self) -> bool:
@@ -123,9 +121,15 @@ class UnionDrafter:
     def covered(self, sequence_id: int) -> int:
         return min(one.covered(sequence_id) for one in self.drafters)
 
-    def adopt(self, sequence: Sequence, num_positions: int) -> None:
-        for one in self.drafters:
-            one.adopt(sequence, num_positions)
+    def note(self, sequence_id: int, end: int) -> tuple[object, ...]:
+        return tuple(one.note(sequence_id, end) for one in self.drafters)
+
+    def adopt(self, sequence: Sequence, num_positions: int, notes: Seq[tuple[object, ...]]) -> None:
+        for one, own in zip(self.drafters, zip(*notes, strict=True), strict=True):
+            one.adopt(sequence, num_positions, own)
+
+    def num_unread(self, sequence: Sequence) -> int:
+        return max(one.num_unread(sequence) for one in self.drafters)
 
     def forget(self, sequence_ids: Seq[int]) -> None:
         for member in self.members:

@@ -17,7 +17,6 @@ import torch
 from rich.console import Console
 
 from specdec.cost import CostModel, DraftCost, DraftSize, TargetCost, TargetSize
-from specdec.drafters.adaptive import num_unread
 from specdec.drafters.found import Found
 from specdec.drafters.pruning import shallower
 from specdec.drafters.union import UnionDrafter
@@ -179,7 +178,7 @@ class _Probe:
         depth = next(self._depths)
         if not depth:
             return False
-        unread, depths = num_unread(drafter, sequences), [depth] * len(sequences)
+        unread, depths = [drafter.num_unread(one) for one in sequences], [depth] * len(sequences)
         found = Found(drafter, sequences, self._policy, noise) if isinstance(drafter, UnionDrafter) else None
         # What a union has at once is there in every step, drafted or not.
         start = time.perf_counter()

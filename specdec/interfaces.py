@@ -6,7 +6,7 @@ import sys
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -103,12 +103,10 @@ class Commit:
 class Drafter(Protocol):
     """Proposes token trees. `feature_layers`: the hidden states of the target that it wants to observe.
 
-    What it keeps on the pages is shared with them. `overlap`: so many positions at the end of a shared prefix are computed
-    again, because what it keeps there depends on later tokens or is not on the pages.
+    What it keeps on the pages is shared with them. What it needs besides goes with each page as a note.
     """
 
     feature_layers: tuple[int, ...]
-    overlap: int
 
     def bind(self, target: PagedModel, pool: PagePool) -> None:
         """Called once per engine, before anything else; raises ValueError where drafter and target do not fit."""
@@ -121,11 +119,21 @@ class Drafter(Protocol):
         ...
 
     def covered(self, sequence_id: int) -> int:
-        """So many first positions have their final state on the pages; `sys.maxsize` where none is kept there."""
+        """So many first positions could be shared: what it has of them is on the pages and in their notes; `sys.maxsize` where
+        it keeps nothing of them."""
         ...
 
-    def adopt(self, sequence: Sequence, num_positions: int) -> None:
-        """A sequence begins, again perhaps, whose first positions came on shared pages: these are never observed."""
+    def note(self, sequence_id: int, end: int) -> object:
+        """What goes with the page that ends before position `end`, which is covered; asked once for a page."""
+        ...
+
+    def adopt(self, sequence: Sequence, num_positions: int, notes: Seq[Any]) -> None:
+        """A sequence begins, again perhaps, whose first positions came on shared pages with their `notes`: these are never
+        observed."""
+        ...
+
+    def num_unread(self, sequence: Sequence) -> int:
+        """Final tokens that it would run, the root among them, were it asked for a tree now; at least 1."""
         ...
 
     def forget(self, sequence_ids: Seq[int]) -> None: ...
@@ -134,13 +142,17 @@ class Drafter(Protocol):
 class OffPages:
     """Base of the drafters that keep nothing on the pages."""
 
-    overlap = 0
-
     def covered(self, sequence_id: int) -> int:
         return sys.maxsize
 
-    def adopt(self, sequence: Sequence, num_positions: int) -> None:
+    def note(self, sequence_id: int, end: int) -> None:
         pass
+
+    def adopt(self, sequence: Sequence, num_positions: int, notes: Seq[object]) -> None:
+        pass
+
+    def num_unread(self, sequence: Sequence) -> int:
+        return 1
 
 
 class TreePolicy(Protocol):

@@ -20,7 +20,7 @@ from specdec.kernels.cpu import can_run
 from specdec.kernels.tree_attention import AttentionPlan, SequencePlan
 from specdec.kv_cache import KVCache
 from specdec.packing import can_pack, pack_linears, set_invariant
-from specdec.pages import PagePool, PageTable
+from specdec.pages import PagePool, PageTable, TableView
 from specdec.static_shapes import StaticInputs
 
 
@@ -33,7 +33,7 @@ class Segment:
     `positions_Q` the new tokens' positions and `tail_positions_M` those of the whole tail (None: M equals Q).
     """
 
-    table: PageTable
+    table: PageTable | TableView
     visible_len: int
     token_ids_Q: Tensor
     positions_Q: Tensor

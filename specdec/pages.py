@@ -132,6 +132,11 @@ class PagePool:
         assert sorted(self._free) == [page for page, count in enumerate(held) if count == 0], "a page leaked"
 
 
+def page_ends(start: int, end: int, page_size: int) -> range:
+    """The positions behind the pages that are full when positions `start`..`end`-1 have been added."""
+    return range((start // page_size + 1) * page_size, end + 1, page_size)
+
+
 class PageTable:
     """The pages of one sequence in order: token position i lies in slot i % page_size of page i // page_size."""
 
@@ -192,6 +197,10 @@ class PageTable:
         page, offset = divmod(position, self.pool.page_size)
         return self.pages[page] * self.pool.page_size + offset
 
+    def behind(self, count: int) -> TableView:
+        """The same slots without the first `count`."""
+        return TableView(self, count)
+
     def fork(self) -> PageTable:
         """A second table on the same pages; whoever writes first copies."""
         twin = PageTable(self.pool)
@@ -213,3 +222,23 @@ class PageTable:
     def _note_change(self) -> None:
         self._run = all(b == a + 1 for a, b in zip(self.pages, self.pages[1:], strict=False))
         self._slots_C = None
+
+
+class TableView:
+    """A table's slots behind its first `skipped` ones, for a network whose entries lie so many slots later; it follows the
+    table."""
+
+    def __init__(self, table: PageTable, skipped: int) -> None:
+        self._table, self._skipped = table, skipped
+
+    @property
+    def capacity(self) -> int:
+        return self._table.capacity - self._skipped
+
+    @property
+    def first_slot(self) -> int | None:
+        first = self._table.first_slot
+        return None if first is None else first + self._skipped
+
+    def slots(self, device: torch.device | str) -> Tensor:
+        return self._table.slots(device)[self._skipped :]

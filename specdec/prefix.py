@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 
@@ -13,13 +14,14 @@ from specdec.sequence import Sequence
 @dataclass(eq=False)
 class PrefixPage:
     """A full page of tokens that follow those of its parent. `page` holds their keys and values (None: a request that runs
-    has announced them); `num_users` sequences have it on their way."""
+    has announced them); `num_users` sequences have it on their way. `note` is the drafter's."""
 
     tokens: tuple[int, ...]
     parent: PrefixPage | None
     page: int | None = None
     is_coming: bool = False
     num_users: int = 0
+    note: object = None
     children: dict[tuple[int, ...], PrefixPage] = field(default_factory=dict)
 
 
@@ -28,7 +30,7 @@ class PrefixCache:
     pages what Zheng et al. 2024, SGLang, section 3, call a radix tree).
 
     The cache holds one reference to each page. Pages of no user are evicted, the least recently used first; whoever uses a
-    page uses all before it, so that order begins with leaves. Pages in the tree are never written to. With
+    page uses all before it, so that order begins with leaves. The target never writes to pages in the tree. With
     `is_enabled=False` nothing is kept.
     """
 
@@ -103,8 +105,9 @@ class PrefixCache:
         if missing:
             self._detach(missing[0])
 
-    def extend(self, one: Sequence, num_final: int) -> None:
-        """Takes in the full pages among a sequence's first `num_final` positions, whose contents will not change."""
+    def extend(self, one: Sequence, num_final: int, note: Callable[[int, int], object] = lambda id, end: None) -> None:
+        """Takes in the full pages among a sequence's first `num_final` positions, whose contents will not change, each with the
+        `note` of whoever wants to tell those something who find it: of the sequence and the position behind the page."""
         assert num_final <= one.root_position, "a page holds tokens that are not in the text"
         path = self._paths[one.id]
         if not self._is_enabled or num_final < (len(path) + 1) * self._pool.page_size:
@@ -116,6 +119,7 @@ class PrefixCache:
                 child = node.children[tokens] = PrefixPage(tokens, node)
             if child.page is None:
                 child.page, child.is_coming = one.table.pages[len(path)], False
+                child.note = note(one.id, (len(path) + 1) * self._pool.page_size)
                 self._pool.share([child.page])
             self._use(child)
             path.append(child)

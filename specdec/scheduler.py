@@ -78,8 +78,11 @@ class Scheduler:
         """Shares what a step has made final, and takes out the requests that it ended."""
         for request in requests:
             one = request.sequence
-            covered = one.num_computed if self._drafter is None else self._drafter.covered(one.id)
-            self._prefixes.extend(one, min(one.num_computed, one.root_position, covered))
+            num_final = min(one.num_computed, one.root_position)
+            if self._drafter is None:
+                self._prefixes.extend(one, num_final)
+            else:
+                self._prefixes.extend(one, min(num_final, self._drafter.covered(one.id)), self._drafter.note)
             # By its first drafted tree a drafter has run the prompt, if it does so at all.
             if one.round > 1:
                 self._prefixes.withdraw(one)
@@ -139,11 +142,12 @@ class Scheduler:
             one = request.sequence
             if request.awaited is None or not request.awaited.is_coming:
                 found, request.awaited = self._prefixes.find(one)
-            if request.awaited is not None or (budget <= 0 and one.root_position - self._start(found) > short):
+            if request.awaited is not None or (
+                budget <= 0 and one.root_position - len(found) * self._pool.page_size > short
+            ):
                 at += 1
                 continue
-            # Alone a request fits the pool, though perhaps not beside the original of a page that it must copy.
-            if not self._begin(one, found) and (self.running or not self._begin(one, [])):
+            if not self._begin(one, found):
                 break
             del self.waiting[at]
             insort(self.running, request, key=_arrival)
@@ -155,17 +159,11 @@ class Scheduler:
                 self._metrics.num_prefix_tokens += one.num_computed
                 request.metrics.num_prefix_tokens = one.num_computed
 
-    def _start(self, found: list[PrefixPage]) -> int:
-        """The first position to compute behind the pages that were found."""
-        overlap = 0 if self._drafter is None else self._drafter.overlap
-        return max(len(found) * self._pool.page_size - overlap, 0)
-
     def _begin(self, one: Sequence, found: list[PrefixPage]) -> bool:
         """Gives a sequence the pages that were found and those it needs besides, if there are so many."""
-        start = self._start(found)
-        num_kept = start // self._pool.page_size
+        start = len(found) * self._pool.page_size
         # One page more for each that runs already, so that nobody has to leave as soon as one of them goes on.
-        need = self._pool.pages_for(one.root_position + self._scratch) - num_kept + len(self.running)
+        need = self._pool.pages_for(one.root_position + self._scratch) - len(found) + len(self.running)
         spare = self._pool.num_free + self._prefixes.num_idle - sum(map(self._prefixes.is_idle, found))
         if not self._may_grow and need > spare:
             return False
@@ -174,7 +172,7 @@ class Scheduler:
         fits = self._reserve(one)
         assert fits, "there were pages enough"
         if start and self._drafter is not None:
-            self._drafter.adopt(one, start)
+            self._drafter.adopt(one, start, [node.note for node in found])
         # A drafter with state on the pages completes them only if it is going to draft.
         if self._drafter is None or self._drafter.covered(one.id) > start or one.max_draft_depth > 1:
             self._prefixes.announce(one)

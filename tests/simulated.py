@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -87,8 +86,8 @@ class World:
         self.now += self.level_s * len(draft.levels) + self.node_s * sum(draft.levels)
         return grown.tree
 
-    def covered(self, sequence_id: int) -> int:
-        return sys.maxsize
+    def num_unread(self, sequence: Sequence) -> int:
+        return 1
 
     def step(self, speculation, policy) -> None:
         plan = Plan(self.sequences, [0] * len(self.sequences), self.sequences, [])

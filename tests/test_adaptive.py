@@ -15,6 +15,7 @@ from specdec.drafters import Mixed, NGramDrafter, Sampled, SmallModelDrafter, St
 from specdec.drafters.adaptive import AdaptiveSpeculation
 from specdec.drafters.choosing import Load, Options, choose, keep_best, may_pay
 from specdec.drafters.pruning import prune
+from specdec.sequence import Sequence
 from specdec.tree import DrawKind, TokenTree
 from specdec.verifiers import Verifier
 
@@ -282,8 +283,8 @@ def test_reading_is_an_investment() -> None:
     class Reads(World):
         token_s, num_read = 4e-4, 0
 
-        def covered(self, sequence_id: int) -> int:
-            return self.num_read
+        def num_unread(self, sequence: Sequence) -> int:
+            return max(len(sequence.token_ids) - self.num_read, 1)
 
         def propose(self, sequences, policy, noise) -> TokenTree:
             self.now += self.token_s * (len(sequences[0].token_ids) - self.num_read)

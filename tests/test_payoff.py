@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 
 from specdec import Engine, PagedModel, SamplingParams
@@ -15,10 +17,18 @@ from specdec.verifiers import Verifier
 PLAIN_S = 0.01
 
 
-def tried(payoff: Payoff, seconds: float, num_tokens: int = 8, num_rows: int = 4, steps: int = 6) -> None:
-    for _ in range(steps):
+def tried(
+    payoff: Payoff,
+    seconds: float,
+    num_tokens: int = 8,
+    num_rows: int = 4,
+    steps: int = 6,
+    reading_s: Callable[[int], float] = lambda step: 0.0,
+) -> None:
+    for step in range(steps):
         assert not payoff.rests(num_rows, has_prompts=False)
-        payoff.saw_drafts(num_rows, num_tokens, seconds, PLAIN_S)
+        reading = reading_s(step)
+        payoff.saw_drafts(num_rows, num_tokens, seconds + reading, PLAIN_S, False, reading)
 
 
 def rest_of(payoff: Payoff, num_rows: int = 4, limit: int = 1000) -> int:
@@ -47,6 +57,28 @@ def test_what_a_trial_lost_is_made_up_for_by_a_rest(explore: float) -> None:
         tried(payoff, 2.1 * PLAIN_S)
         assert payoff.is_resting
         assert rest_of(payoff) == pytest.approx(0.6 / explore, abs=1)
+
+
+def test_what_is_read_once_is_charged_to_the_drafts_to_come() -> None:
+    """Six steps win 1.8 plain steps and begin with reading that takes 5: many more steps are to come."""
+    payoff = Payoff()
+    rest_of(payoff)
+    for first in (5, 0, 0):
+        tried(payoff, 1.7 * PLAIN_S, reading_s=lambda step, first=first: PLAIN_S * first * (step == 0))
+        assert not payoff.is_resting
+
+
+def test_reading_that_never_ends_is_charged_whole() -> None:
+    payoff = Payoff()
+    rest_of(payoff)
+    won = 0
+    while not payoff.is_resting:
+        # Wins 0.3 plain steps and reads for 0.5.
+        tried(payoff, 1.7 * PLAIN_S, reading_s=lambda step: 0.5 * PLAIN_S)
+        won += 1
+        assert won < 8
+    # The gain of that time is gone, and what was read before counts too.
+    assert rest_of(payoff) == 128
 
 
 def test_drafts_are_tried_again_however_much_they_lost_each_time_behind_more_steps() -> None:
@@ -185,7 +217,7 @@ class Recorder(Payoff):
     def saw_plain(self, num_rows: int, seconds: float, expected_s: float) -> None:
         self.plain.append(seconds)
 
-    def saw_drafts(self, num_rows, num_tokens, seconds, expected_plain_s, in_vain=False) -> None:
+    def saw_drafts(self, num_rows, num_tokens, seconds, expected_plain_s, in_vain=False, reading_s=0.0) -> None:
         self.drafts.append((seconds, in_vain))
 
 
