@@ -99,20 +99,26 @@ class FrozenCosts(CostModel):
         pass
 
 
-def impressionable(policy: TreePolicy) -> AdaptiveSpeculation:
+def impressionable(policy: TreePolicy, longest_habit: int = 0) -> AdaptiveSpeculation:
     """An adaptive speculation that a single verdict moves from one depth to another."""
     costs = FrozenCosts(TargetCost((1, 2, 3), (1.0, 1.52, 1.93)), DraftCost(0.0))
-    return AdaptiveSpeculation(policy, costs, explore=0.0, clock=lambda: 0.0)
+    return AdaptiveSpeculation(policy, costs, explore=0.0, longest_habit=longest_habit, clock=lambda: 0.0)
 
 
-def adaptive_error(rule: AcceptanceRule, policy: GrowingPolicy) -> float:
+def adaptive_error(rule: AcceptanceRule, policy: GrowingPolicy, longest_habit: int = 0) -> float:
     """The largest error of the law of outputs where every step's depth depends on what became of the steps before."""
     world, length = World.tree(2, 6).select("independent", "close"), 4
     params = SamplingParams(temperature=1.0, max_new_tokens=length)
     errors = []
     for prompt in ((0,), (1,)):
         (law,) = engine_laws(
-            world, rule, policy, [(prompt,)], params, speculation=partial(impressionable, policy), max_batch=1
+            world,
+            rule,
+            policy,
+            [(prompt,)],
+            params,
+            speculation=partial(impressionable, policy, longest_habit),
+            max_batch=1,
         )
         tokens = law_of((prob, span) for ((span, _),), prob in law.items())
         errors.append(distance(tokens, world.stopped_law(prompt[0], 0, length)))

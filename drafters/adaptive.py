@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import operator
 import time
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -59,6 +60,8 @@ class AdaptiveSpeculation:
     total). Choices rest on the past alone, on this step's draft only where it holds nothing drawn, so every law is kept.
     `explore` is the share of time that may be spent to look at what seems not to pay. `accepts` is the rule's.
 
+    A choice to draft is followed for up to `longest_habit` steps more of the same sequences without prompts: next to a forward
+    for a few rows, choosing takes longer than it would win so soon. Unless ready-made drafts turn up, see below.
     As long as nothing pays, steps of much the same sequences follow without a choice: one, then three, then seven, up to
     `_LONGEST_REST` each time, and so many at once where even drafts without a mistake would not pay. Of a union those drafters
     that need no model are asked even then, for that is as good as free: what they find is verified as far as it pays by itself,
@@ -82,6 +85,7 @@ class AdaptiveSpeculation:
         *,
         device: torch.device | str = "cpu",
         explore: float = 0.01,
+        longest_habit: int = 3,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.costs, self.counts = costs, SpeculationCounts()
@@ -96,6 +100,10 @@ class AdaptiveSpeculation:
         # Whose steps go on without a choice, how many still do, and how many did the last time.
         self._resting: set[Sequence] = set()
         self._rest = self._last_rest = 0
+        # The last choice if others may follow it, whose it was, and how many steps still may.
+        self._habit: Choice | None = None
+        self._drafting: list[Sequence] = []
+        self._longest_habit, self._habit_left = longest_habit, 0
         self._num_looks = 0
         # Whoever may not look elsewhere cannot try drafts either.
         self._payoff = Payoff(explore) if explore else None
@@ -121,7 +129,10 @@ class AdaptiveSpeculation:
         if self._rest and self._knows(sequences):
             self._rest -= 1
         elif found is None or not found.is_all:
-            choice, looked = self._choose(sequences, drafter, load, ready), True
+            choice = self._as_before(sequences, load, ready)
+            if choice is None:
+                choice = self._choose(sequences, drafter, load, ready)
+            looked = True
         if choice is None and ready is None:
             return self._roots(sequences, load, self._clock() - began if looked else 0.0)
         depths: list[int] = [0] * len(sequences) if choice is None else choice.depths_B.tolist()
@@ -165,6 +176,16 @@ class AdaptiveSpeculation:
         size, num_known = len(self._resting), sum(one in self._resting for one in sequences)
         return 4 * abs(len(sequences) - size) < size and 2 * num_known >= len(sequences)
 
+    def _as_before(self, sequences: list[Sequence], load: Load, ready: Scores | None) -> Choice | None:
+        """The last choice, where nothing has changed but the texts and it was made a few steps ago."""
+        if self._habit is None or not self._habit_left or load.num_prompt or ready is not None:
+            return None
+        if len(sequences) != len(self._drafting) or any(map(operator.is_not, sequences, self._drafting)):
+            return None
+        self._habit_left -= 1
+        limits_B = np.array([one.max_draft_depth for one in sequences])
+        return replace(self._habit, depths_B=np.minimum(self._habit.depths_B, limits_B))
+
     def _choose(self, sequences: list[Sequence], drafter: Drafter, load: Load, ready: Scores | None) -> Choice | None:
         """What to draft; None where that is nothing, and then the next steps rest."""
         limits_B = np.array([min(one.max_draft_depth, self._policy.max_depth) for one in sequences])
@@ -176,6 +197,9 @@ class AdaptiveSpeculation:
         slept = [len(one.token_ids) - record.drafted_len for one, record in zip(sequences, records, strict=True)]
         best = choose(options, load, self.costs)
         choice = self._look_elsewhere(options, load, best, np.array(slept, dtype=float))
+        is_habit = choice is best and ready is None and not load.num_prompt and bool(best.depths_B.any())
+        self._habit, self._drafting = (best, list(sequences)) if is_habit else (None, [])
+        self._habit_left = self._longest_habit
         if best.depths_B.any():
             # A look at a plain step is no reason to rest: it would be many, and none of them accounted for.
             self._rest = self._last_rest = 0

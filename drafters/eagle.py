@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from specdec.decoder import NotServed
-from specdec.drafters.features import Features, PageNote
+from specdec.drafters.features import Features, PageNote, joined
 from specdec.drafters.growth import Grown
 from specdec.drafters.heads.eagle import EagleHead
 from specdec.drafters.heads.frequencies import FrequentTokens, frequent_tokens
@@ -76,9 +76,9 @@ class EagleDrafter(LevelDrafter):
     """
 
     name = "eagle"
-    # Pages that may be shared before they have been read: so many, or this part of all. Their features take several per cent
-    # of the memory that keys and values take.
-    _MOST_WAITING, _WAITING_SHARE = 64, 1 / 8
+    # Pages that may be shared before they have been read: so many, or this part of all. Their features take a tenth or two of
+    # the memory that their keys and values take, of which a GPU has none to spare.
+    _MOST_WAITING, _WAITING_SHARES = 64, {"cpu": 1.0, "cuda": 1 / 8}
 
     def __init__(
         self, head: EagleHead | HeadSource[EagleHead], tokens: FrequentTokens | None = None, int8: bool = False
@@ -126,9 +126,10 @@ class EagleDrafter(LevelDrafter):
         """Keeps the target's states and reads along; the last ones are read in `propose`, with the root."""
         limit = self.head.config.max_positions
         wanted = [commit for commit in commits if limit is None or commit.start < limit]
-        for commit in wanted:
+        each = joined([commit.hidden for commit in wanted], self.feature_layers)
+        for commit, states in zip(wanted, each, strict=True):
             state = self._states.setdefault(commit.sequence_id, _State())
-            state.features.add(len(commit.token_ids), commit.hidden)
+            state.features.add(states)
             for end in page_ends(commit.start, state.features.end, self._pool.page_size):
                 self._fill(state, end)
         self._read_along(wanted)
@@ -138,10 +139,9 @@ class EagleDrafter(LevelDrafter):
         # Its first entry is that of the feature before it.
         first, last = max(end - self._pool.page_size - 1, 0), end - 1
         start = min(max(state.num_computed, first), last)
-        note = state.notes[end] = PageNote(start, last, state.features.part(start, end))
+        note = state.notes[end] = PageNote(start, last, state.features.part(start, end), self._unread)
         if not note.is_read:
             state.filling.append(note)
-            self._unread.add(note)
 
     def covered(self, sequence_id: int) -> int:
         state = self._states.get(sequence_id)
@@ -169,10 +169,8 @@ class EagleDrafter(LevelDrafter):
     @property
     def _reads_prompts(self) -> bool:
         """What has not been read is shared with its features, as long as these are not too many."""
-        most = max(self._MOST_WAITING, self._WAITING_SHARE * self._pool.num_pages)
-        if len(self._unread) > most:
-            self._unread = weakref.WeakSet(note for note in self._unread if not note.is_read)
-        return len(self._unread) > most
+        share = self._WAITING_SHARES.get(self.device.type, 0.0)
+        return len(self._unread) > max(self._MOST_WAITING, share * self._pool.num_pages)
 
     def forget(self, sequence_ids: Seq[int]) -> None:
         for sequence_id in sequence_ids:
@@ -180,12 +178,7 @@ class EagleDrafter(LevelDrafter):
 
     def fuse(self, each: Seq[Features]) -> None:
         """Turns all that was kept of the target's states into the head's features, at once."""
-        pieces = Features.unfused(each)
-        if pieces:
-            fused_TD = self._served.fuse(
-                [torch.cat([piece[layer] for piece in pieces]) for layer in self.feature_layers]
-            )
-            Features.put_fused(each, fused_TD)
+        Features.fuse(each, lambda states: self._served.fuse(states.chunk(len(self.feature_layers), 1)))
 
     @torch.inference_mode()
     def run(self, segments: Seq[Segment], features_TD: Tensor, rows_R: Tensor | None = None) -> Tensor:

@@ -2,97 +2,81 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import weakref
+from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from specdec.states import PickedStates
 
-# A view of a step's states may keep so many times its own size alive.
+# A view of what several sequences have in common may keep so many times its own size alive.
 _MOST_HELD = 32
-
-
-@dataclass(frozen=True, slots=True)
-class _Piece:
-    """Features of `count` positions: fused, or states of the target by layer, as they came."""
-
-    count: int
-    states: Tensor | Mapping[int, Tensor]
-
-    def part(self, start: int, end: int) -> _Piece:
-        """A copy of those from `start` to `end` - 1, which keeps nothing else alive."""
-        if isinstance(self.states, Tensor):
-            return _Piece(end - start, self.states[start:end].clone())
-        if isinstance(self.states, PickedStates):
-            rows = self.states.rows
-            rows = slice(rows.start + start, rows.start + end) if isinstance(rows, slice) else rows[start:end]
-            picked = replace(self.states, rows=rows)
-            return _Piece(end - start, {layer: picked[layer].clone() for layer in picked})
-        return _Piece(end - start, {layer: states[start:end].clone() for layer, states in self.states.items()})
 
 
 class Features:
     """The target's features of positions `first`..`end`-1.
 
     They lie as the target gave them, piece by piece, until they are read: most texts are never read where drafting does not
-    pay.
+    pay. `fused` [n, D] are the first of them, `raw` [.., layers * D] the others.
     """
 
-    def __init__(self, first: int = 0, pieces: Iterable[_Piece] = ()) -> None:
-        self.first, self._pieces = first, list(pieces)
-        self.end = first + sum(piece.count for piece in self._pieces)
+    def __init__(self, first: int = 0, fused: Tensor | None = None, raw: Iterable[Tensor] = ()) -> None:
+        self.first, self._fused, self._raw = first, fused, list(raw)
+        self.end = first + (0 if fused is None else fused.shape[0]) + sum(piece.shape[0] for piece in self._raw)
 
-    def add(self, count: int, hidden: Mapping[int, Tensor]) -> None:
-        """States of the `count` positions that follow, by layer."""
-        self._pieces.append(_Piece(count, _apart(hidden)))
-        self.end += count
+    def add(self, states: Tensor) -> None:
+        """States [n, layers * D] of the positions that follow; see `joined`."""
+        self._raw.append(states)
+        self.end += states.shape[0]
 
     def part(self, start: int, end: int) -> Features:
         """A copy of those of positions `start`..`end`-1, all of which must be there."""
         assert self.first <= start <= end <= self.end, f"features {start}..{end} of {self.first}..{self.end}"
-        found, at = list[_Piece](), self.first
-        for piece in self._pieces:
-            inside = max(start - at, 0), min(end - at, piece.count)
-            if inside[0] < inside[1]:
-                found.append(piece.part(*inside))
-            at += piece.count
-        return Features(start, found)
+        raw, at = list[Tensor](), self.end
+        # Mostly the last ones are wanted.
+        for piece in reversed(self._raw):
+            if at <= start:
+                break
+            count = piece.shape[0]
+            at -= count
+            if at < end:
+                whole = start <= at and at + count <= end
+                raw.append(piece if whole else piece[max(start - at, 0) : min(end - at, count)])
+        fused = None
+        if self._fused is not None and start < at:
+            fused = self._fused[start - self.first : end - self.first].clone()
+        return Features(start, fused, [torch.cat(raw[::-1])] if raw else [])
 
     def drop(self, end: int) -> None:
         """Lets go of those before position `end`."""
         kept = self.part(end, self.end)
-        self.first, self._pieces = kept.first, kept._pieces
+        self.first, self._fused, self._raw = kept.first, kept._fused, kept._raw
 
     def take(self, start: int, end: int) -> Tensor:
         """Features [end - start, D] of positions `start`..`end`-1, all fused; those before the last of them are not asked for
         again."""
-        fused = torch.cat([piece.states for piece in self._pieces if isinstance(piece.states, Tensor)])
-        assert len(fused) == self.end - self.first, "features are fused before they are taken"
-        taken = fused[start - self.first : end - self.first]
-        self._pieces = [_Piece(self.end - end + 1, fused[end - 1 - self.first :])]
+        assert self._fused is not None and not self._raw, "features are fused before they are taken"
+        taken = self._fused[start - self.first : end - self.first]
+        self._fused = self._fused[end - 1 - self.first :]
         self.first = end - 1
         return taken
 
     @staticmethod
-    def unfused(each: Seq[Features]) -> list[Mapping[int, Tensor]]:
-        """The states that have not been fused, in their order, of all of these."""
-        return [piece.states for one in each for piece in one._pieces if not isinstance(piece.states, Tensor)]
-
-    @staticmethod
-    def put_fused(each: Seq[Features], fused_TD: Tensor) -> None:
-        """In the place of what `unfused` gave, in the same order."""
-        at = 0
+    def fuse(each: Seq[Features], fuse: Callable[[Tensor], Tensor]) -> None:
+        """Turns all that is raw of these into features, at once."""
+        raw = [piece for one in each for piece in one._raw]
+        if not raw:
+            return
+        fused, at = fuse(torch.cat(raw)), 0
         for one in each:
-            old = [piece for piece in one._pieces if isinstance(piece.states, Tensor)]
-            count = one.end - one.first - sum(piece.count for piece in old)
-            if count:
-                # What was fused came before what was not.
-                one._pieces = [*old, _Piece(count, fused_TD[at : at + count])]
-                at += count
-        assert at == len(fused_TD)
+            count = sum(piece.shape[0] for piece in one._raw)
+            new = fused[at : at + count]
+            one._fused, one._raw = (new if one._fused is None else torch.cat([one._fused, new])), []
+            at += count
 
 
 @dataclass(eq=False)
@@ -100,12 +84,18 @@ class PageNote:
     """What goes with a full page that requests share, so that whoever adopts it need not compute it again.
 
     Of the head's entries that lie on the page, those before `start` have been read, `end` follows the last: the first on the
-    next page, whose feature is that of this page's last position. `features` are of positions `start`..`end`.
+    next page, whose feature is that of this page's last position. `features` are of positions `start`..`end`. It is among
+    `unread` while there are such entries.
     """
 
     start: int
     end: int
     features: Features
+    unread: weakref.WeakSet[PageNote]
+
+    def __post_init__(self) -> None:
+        if not self.is_read:
+            self.unread.add(self)
 
     @property
     def is_read(self) -> bool:
@@ -117,13 +107,13 @@ class PageNote:
         if start > self.start:
             self.features.drop(start)
             self.start = start
+            if self.is_read:
+                self.unread.discard(self)
 
 
-def _apart(hidden: Mapping[int, Tensor]) -> Mapping[int, Tensor]:
-    """The states as they are kept: views of a whole step's as long as most of that is wanted, else copies, so that one that
-    waits to be read does not hold on to the prompts of others."""
-    if isinstance(hidden, PickedStates):
-        return hidden.apart(_MOST_HELD)
-    if any(states.untyped_storage().nbytes() > _MOST_HELD * states.nbytes for states in hidden.values()):
-        return {layer: states.clone() for layer, states in hidden.items()}
-    return hidden
+def joined(each: Seq[Mapping[int, Tensor]], layers: Seq[int]) -> list[Tensor]:
+    """The states of a step [n, layers * D] as they are kept: apart from it, so that what waits to be read does not hold on to
+    the prompts of others."""
+    if all(isinstance(one, PickedStates) for one in each):
+        return PickedStates.joined(cast("Seq[PickedStates]", each), layers, _MOST_HELD)
+    return [torch.cat([one[layer] for layer in layers], 1) for one in each]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from specdec.int_tensor import int_tensor
@@ -27,10 +29,35 @@ class PickedStates(Mapping[int, Tensor]):
     def __len__(self) -> int:
         return len(self.step)
 
-    def apart(self, most: int) -> Mapping[int, Tensor]:
-        """The same; as copies where the step, which would be kept alive, has more than `most` times as many rows."""
-        count = self.rows.stop - self.rows.start if isinstance(self.rows, slice) else len(self.rows)
-        # All layers have the same rows.
-        if next(iter(self.step.values())).shape[0] <= most * count:
-            return self
-        return {layer: self[layer].clone() for layer in self.step}
+    @property
+    def count(self) -> int:
+        """How many rows."""
+        return self.rows.stop - self.rows.start if isinstance(self.rows, slice) else len(self.rows)
+
+    @staticmethod
+    def joined(each: Seq[PickedStates], layers: Seq[int], most: int) -> list[Tensor]:
+        """States [n, layers * D] of each of these, all of one step, those of the layers side by side: views of copies that have
+        no more than `most` times as many rows, made for many at once, for there may be one of each sequence."""
+        found, group, num_rows, fewest = list[Tensor](), list[PickedStates](), 0, 0
+        for one in each:
+            if group and num_rows + one.count > most * min(fewest, one.count):
+                found += _joined(group, layers)
+                group, num_rows = [], 0
+            fewest = min(fewest, one.count) if group else one.count
+            num_rows += one.count
+            group.append(one)
+        return found + (_joined(group, layers) if group else [])
+
+
+def _joined(group: list[PickedStates], layers: Seq[int]) -> list[Tensor]:
+    rows = [row for one in group for row in _listed(one.rows)]
+    begin, end = rows[0], rows[-1] + 1
+    step = group[0].step
+    # Most often they are one behind another.
+    picked = PickedStates(step, slice(begin, end) if rows == [*range(begin, end)] else rows)
+    states = torch.cat([picked[layer] for layer in layers], 1)
+    return [*states.split([one.count for one in group])]
+
+
+def _listed(rows: slice | list[int]) -> list[int]:
+    return [*range(rows.start, rows.stop)] if isinstance(rows, slice) else rows

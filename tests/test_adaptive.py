@@ -277,6 +277,26 @@ def test_a_look_at_a_plain_step_is_a_single_one() -> None:
     assert all(any(pair) for pair in itertools.pairwise(drafted[5:]))
 
 
+def test_a_choice_holds_for_a_few_steps_of_the_same_sequences(monkeypatch) -> None:
+    chosen = []
+    choose = AdaptiveSpeculation._choose
+    monkeypatch.setattr(
+        AdaptiveSpeculation, "_choose", lambda self, *more: chosen.append(world.steps) or choose(self, *more)
+    )
+    monkeypatch.setattr(AdaptiveSpeculation, "_look_elsewhere", lambda self, options, load, choice, slept_B: choice)
+    world, policy = World(2, lambda row, step: [0.95], flat, 0.001, 1e-5), chain(4)
+    speculation = AdaptiveSpeculation(policy, world.costs(), explore=0.0, clock=lambda: world.now)
+    world.run(speculation, policy, steps=10)
+    assert chosen == [0, 4, 8]
+    world.sequences.pop()
+    world.run(speculation, policy, steps=3)
+    assert chosen == [0, 4, 8, 10]
+    # No deeper than there is room for.
+    world.sequences[0].max_tokens = len(world.sequences[0].token_ids) + 3
+    world.run(speculation, policy, steps=1)
+    assert chosen == [0, 4, 8, 10] and world.drafted[-1] == [2]
+
+
 def test_reading_is_an_investment() -> None:
     """A long prompt takes the time of four steps to read, which no single draft brings in: all those behind it do."""
 

@@ -16,6 +16,7 @@ from specdec.interfaces import AcceptanceRule
 from specdec.verifiers import Block, Follow, Rejection, Traversal
 
 
+@pytest.mark.parametrize("longest_habit", [0, 1])
 @pytest.mark.parametrize(
     ("rule", "policy"),
     [
@@ -27,8 +28,8 @@ from specdec.verifiers import Block, Follow, Rejection, Traversal
     ],
     ids=lambda value: getattr(value, "name", type(value).__name__),
 )
-def test_the_law_is_the_targets(rule: AcceptanceRule, policy: GrowingPolicy) -> None:
-    assert adaptive_error(rule, policy) < TOLERANCE
+def test_the_law_is_the_targets(rule: AcceptanceRule, policy: GrowingPolicy, longest_habit: int) -> None:
+    assert adaptive_error(rule, policy, longest_habit) < TOLERANCE
 
 
 class Shy:
@@ -60,8 +61,8 @@ def test_the_law_is_the_targets_where_drafts_rest_for_what_became_of_some(
     rests: list[bool] = []
     make = checks.impressionable
 
-    def shy(policy: GrowingPolicy) -> AdaptiveSpeculation:
-        speculation = make(policy)
+    def shy(policy: GrowingPolicy, longest_habit: int) -> AdaptiveSpeculation:
+        speculation = make(policy, longest_habit)
         speculation._payoff = Shy(rests)
         return speculation
 

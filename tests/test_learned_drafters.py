@@ -249,8 +249,8 @@ MISTAKES = {
     "features of the tokens beside": (
         "eagle_3",
         f"{EAGLE}.fuse",
-        "piece[layer] for",
-        "piece[layer].roll(1, 0) for",
+        "states.chunk",
+        "states.roll(1, 0).chunk",
     ),
     "drafts taken for computed": (
         "eagle_3",

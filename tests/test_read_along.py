@@ -10,7 +10,6 @@ from head_cases import eagle_config
 
 from specdec import Engine, PagedModel, SamplingParams
 from specdec.drafters import EagleDrafter, NGramDrafter, Sampled, SmallModelDrafter, UnionDrafter
-from specdec.drafters.features import Features
 from specdec.drafters.heads import EagleHead
 from specdec.drafters.levels import LevelDrafter, LevelRound
 from specdec.drafters.pruning import shallower
@@ -149,8 +148,8 @@ def test_features_wait_until_they_are_wanted_and_are_then_the_same(tiny, target,
         if most_unread > 1:
             assert not reading.take() and not fused
             for state in drafter._states.values():
-                kept = [one for states in Features.unfused([state.features]) for one in states.values()]
-                assert all(one.untyped_storage().nbytes() <= 32 * one.nbytes for one in kept)
+                kept = state.features._raw
+                assert kept and all(one.untyped_storage().nbytes() <= 32 * one.nbytes for one in kept)
         while not engine.is_idle:
             engine.step()
         trees.append([(one.result.token_ids, one.result.metrics.drafted_by_depth) for one in handles])
@@ -223,7 +222,7 @@ def _keys_alone(tiny, target: PagedModel, name: str, token_ids: list[int]) -> tu
 def test_what_many_share_is_read_once(tiny, target, monkeypatch, most_waiting: int) -> None:
     """Late, or where the features of too many pages wait, with the prompt."""
     monkeypatch.setattr(EagleDrafter, "_MOST_WAITING", most_waiting)
-    monkeypatch.setattr(EagleDrafter, "_WAITING_SHARE", 0)
+    monkeypatch.setattr(EagleDrafter, "_WAITING_SHARES", {})
     reading, drafter = Reading(monkeypatch), drafter_of("eagle_3", tiny, target)
     engine = engine_of(target, drafter, max_batch_size=8, prefill_chunk=32, speculation=Sleeps(12))
     handles = [engine.submit([*LONG[0], i], one) for i, one in enumerate(params(8, 30))]
