@@ -50,12 +50,11 @@ class _State:
     filling: list[PageNote] = field(default_factory=list)
     adopted: list[PageNote] = field(default_factory=list)
 
-    def take(self, start: int, end: int) -> Tensor:
-        """Features of entries `start`..`end`-1, all fused, which are about to be read."""
+    def read_to(self, entry: int) -> None:
+        """The entries before this one have been run."""
         for note in self.filling:
-            note.read_to(end)
+            note.read_to(entry)
         self.filling = [note for note in self.filling if not note.is_read]
-        return self.features.take(start, end)
 
     def waiting(self) -> list[PageNote]:
         """The adopted pages that nobody has read yet, in their order."""
@@ -70,9 +69,8 @@ class EagleDrafter(LevelDrafter):
     features, as the verifying forward gave them; drafted nodes with the head's own outputs in their place. What a tree left
     behind in the slots is overwritten, never committed. Full pages are shared with what is needed to go on: the feature of
     their last position, and while their entries have not been run the features of these, so that a prompt need not be read
-    where no draft pays. `tokens` are those it drafts from (None: all that the head knows). `int8` rounds the
-    head's weights to 8 bits where our CPU kernels run, which halves what a draft reads. Raises ValueError where head and
-    target do not fit.
+    where no draft pays. `tokens` are those it drafts from (None: all that the head knows). `int8` rounds the head's weights to
+    8 bits where our CPU kernels run, which halves what a draft reads. Raises ValueError where head and target do not fit.
     """
 
     name = "eagle"
@@ -285,8 +283,9 @@ class _EagleRound(LevelRound):
                     spans.append(Span(row, run[0].start, run[-1].end))
                     taken += run
             self._eagle.fuse([note.features for note in taken])
-            features = [note.features.take(note.start, note.end) for note in taken]
+            features = [note.features.fused(note.start, note.end) for note in taken]
             self._eagle.run([self.segment(span) for span in spans], torch.cat(features), int_tensor([], self.device))
+            # Not before: where that has failed, others find the page as it was.
             for note in taken:
                 note.read_to(note.end)
 
@@ -318,8 +317,11 @@ class _EagleRound(LevelRound):
 
     def run_chunk(self, segments: list[Segment], spans: list[Span], rows_R: Tensor) -> Tensor:
         self._eagle.fuse([self._states[span.row].features for span in spans])
-        features = torch.cat([self._states[span.row].take(span.start, span.end) for span in spans])
-        return self._eagle.run(segments, features, rows_R)
+        features = torch.cat([self._states[span.row].features.take(span.start, span.end) for span in spans])
+        states = self._eagle.run(segments, features, rows_R)
+        for span in spans:
+            self._states[span.row].read_to(span.end)
+        return states
 
     def _next(self, hidden_BWD: Tensor) -> NextLogits:
         return NextLogits(self, *self._eagle.answer(hidden_BWD))

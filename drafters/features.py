@@ -56,13 +56,15 @@ class Features:
         kept = self.part(end, self.end)
         self.first, self._fused, self._raw = kept.first, kept._fused, kept._raw
 
+    def fused(self, start: int, end: int) -> Tensor:
+        """Features [end - start, D] of positions `start`..`end`-1, all fused."""
+        assert self._fused is not None and not self._raw, "features are fused before they are read"
+        return self._fused[start - self.first : end - self.first]
+
     def take(self, start: int, end: int) -> Tensor:
-        """Features [end - start, D] of positions `start`..`end`-1, all fused; those before the last of them are not asked for
-        again."""
-        assert self._fused is not None and not self._raw, "features are fused before they are taken"
-        taken = self._fused[start - self.first : end - self.first]
-        self._fused = self._fused[end - 1 - self.first :]
-        self.first = end - 1
+        """The same; those before the last of them are not asked for again."""
+        taken = self.fused(start, end)
+        self._fused, self.first = self.fused(end - 1, self.end), end - 1
         return taken
 
     @staticmethod

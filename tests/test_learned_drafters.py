@@ -245,7 +245,7 @@ MISTAKES = {
         "parents_BW[..., None]",
         "(parents_BW * 0)[..., None]",
     ),
-    "features of other tokens": ("eagle_1", "specdec.drafters.features:Features.take", "start - self.first :", "0 :"),
+    "features of other tokens": ("eagle_1", "specdec.drafters.features:Features.fused", "start - self.first :", "0 :"),
     "features of the tokens beside": (
         "eagle_3",
         f"{EAGLE}.fuse",

@@ -9,6 +9,7 @@ import torch
 from head_cases import eagle_config
 
 from specdec import Engine, PagedModel, SamplingParams
+from specdec.certificates.mutants import Check, Mutant, mutated
 from specdec.drafters import EagleDrafter, NGramDrafter, Sampled, SmallModelDrafter, UnionDrafter
 from specdec.drafters.heads import EagleHead
 from specdec.drafters.levels import LevelDrafter, LevelRound
@@ -179,32 +180,68 @@ class Dozes(Sleeps):
         return drafter.propose(step.drafting, shallower(policy, depths), noise)
 
 
+def _compare_keys(tiny, target: PagedModel, name: str, seed: int) -> tuple[int, int]:  # type: ignore[no-untyped-def]
+    """Holds a head's keys and values in a stream of requests against those that it has alone: how often, and how often some
+    had pages of others to read. Prompts begin alike or are what another has said, and there are drafts now and then."""
+    drafter, chance, handles = drafter_of(name, tiny, target), random.Random(seed), list[Handle]()
+    engine = engine_of(target, drafter, speculation=Dozes(seed), num_pages=60, prefill_chunk=[7, 32, 512][seed % 3])
+    stems, num_seen, num_late = [LONG[0][:40], [*LONG[0][:24], *LONG[2][:20]]], 0, 0
+    for one in params(14, 16):
+        stem = chance.choice([*stems, *(handle.request.sequence.token_ids[:60] for handle in handles[-2:])])
+        handles.append(engine.submit([*stem, *chance.choices(range(90), k=1 + chance.randrange(5))], one))
+        for _ in range(chance.randrange(4)):
+            engine.step()
+            engine.check()
+        for seq in (request.sequence for request in engine.running):
+            state = drafter._states.get(seq.id)
+            num_late += state is not None and bool(state.waiting())
+            if state is None or state.waiting() or state.num_computed < 8:
+                continue
+            found = drafter._cache.gather(0, seq.table, state.num_computed + 1)
+            expected = _keys_alone(tiny, target, name, seq.token_ids[: state.num_computed + 1])
+            # In the first slot no entry lies.
+            for ours, theirs in zip(found, expected, strict=True):
+                torch.testing.assert_close(ours[1:], theirs[1:], rtol=1e-4, atol=1e-5)
+            num_seen += 1
+    assert engine.metrics.num_prefix_tokens > 100
+    return num_seen, num_late
+
+
 @pytest.mark.parametrize("name", ["eagle_1", "eagle_3"])
 def test_a_head_that_reads_pages_of_others_late_has_the_keys_that_it_has_alone(tiny, target, name: str) -> None:
-    """Prompts that begin alike or are what another has said, in any order, with drafts now and then."""
-    stems, num_seen, num_late = [LONG[0][:40], [*LONG[0][:24], *LONG[2][:20]]], 0, 0
-    for seed in range(4):
-        drafter, chance, handles = drafter_of(name, tiny, target), random.Random(seed), list[Handle]()
-        engine = engine_of(target, drafter, speculation=Dozes(seed), num_pages=60, prefill_chunk=[7, 32, 512][seed % 3])
-        for one in params(14, 16):
-            stem = chance.choice([*stems, *(handle.request.sequence.token_ids[:60] for handle in handles[-2:])])
-            handles.append(engine.submit([*stem, *chance.choices(range(90), k=1 + chance.randrange(5))], one))
-            for _ in range(chance.randrange(4)):
-                engine.step()
-                engine.check()
-            for seq in (request.sequence for request in engine.running):
-                state = drafter._states.get(seq.id)
-                num_late += state is not None and bool(state.waiting())
-                if state is None or state.waiting() or state.num_computed < 8:
-                    continue
-                found = drafter._cache.gather(0, seq.table, state.num_computed + 1)
-                expected = _keys_alone(tiny, target, name, seq.token_ids[: state.num_computed + 1])
-                # In the first slot no entry lies.
-                for ours, theirs in zip(found, expected, strict=True):
-                    torch.testing.assert_close(ours[1:], theirs[1:], rtol=1e-4, atol=1e-5)
-                num_seen += 1
-        assert engine.metrics.num_prefix_tokens > 100
+    num_seen, num_late = (
+        sum(one) for one in zip(*(_compare_keys(tiny, target, name, seed) for seed in range(4)), strict=True)
+    )
     assert num_seen > 50 and num_late > 5
+
+
+EAGLE = "specdec.drafters.eagle"
+# No text depends on what a head reads, so each of these is planted and the keys are looked at.
+MISTAKES = {
+    "the first entry of a page left out": (f"{EAGLE}:EagleDrafter._fill", "page_size - 1, 0", "page_size, 0"),
+    "all shared pages taken for read": (f"{EAGLE}:EagleDrafter.adopt", "if not note.is_read", "if False"),
+    "features of the next entry": (
+        f"{EAGLE}:_EagleRound._read_adopted",
+        "fused(note.start, note.end)",
+        "fused(note.start + 1, note.end + 1)",
+    ),
+    "full pages taken for read": (f"{EAGLE}:EagleDrafter._fill", "min(max(state.num_computed, first), last)", "last"),
+    "entries in the slots of other tokens": (
+        "specdec.drafters.levels:LevelRound.__init__",
+        "behind(self.shift)",
+        "behind(0)",
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_head_that_misreads_shared_pages_is_seen_by_its_keys(tiny, target, mistake: str) -> None:
+    with (
+        mutated(Mutant(mistake, *MISTAKES[mistake], Check("law", float))),
+        pytest.raises((AssertionError, RuntimeError)),
+    ):
+        for seed in range(4):
+            _compare_keys(tiny, target, "eagle_3", seed)
 
 
 def _keys_alone(tiny, target: PagedModel, name: str, token_ids: list[int]) -> tuple[torch.Tensor, torch.Tensor]:  # type: ignore[no-untyped-def]
