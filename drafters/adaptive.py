@@ -277,7 +277,7 @@ class AdaptiveSpeculation:
         size, num_drafted = last.draft, sum(depth > 0 for depth in last.depths)
         caught_up = np.array([size.num_caught_up, num_drafted], dtype=float)
         whole_s, bare_s = self.costs.draft_s(np.full(2, size.num_levels), np.full(2, size.num_nodes), caught_up)
-        return last.draft_s * float(1 - min(bare_s / whole_s, 1.0))
+        return last.draft_s * float(1 - min(bare_s / whole_s, 1.0)) if whole_s > 0 else 0.0
 
     def _options(
         self,

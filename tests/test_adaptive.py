@@ -389,3 +389,11 @@ def test_another_policy_is_refused(tiny) -> None:
     engine = Engine(Verifier(target), NGramDrafter(), chain(2), speculation=speculation)
     with pytest.raises(ValueError, match="another policy"):
         engine.generate([[5, 6, 5, 6]], SamplingParams(max_new_tokens=4))
+
+
+def test_drafts_that_are_said_to_cost_nothing_are_not_said_to_read() -> None:
+    world, policy = World(1, lambda row, step: [0.95], flat), chain(4)
+    costs = CostModel(TargetCost(KNOTS, tuple(map(flat, KNOTS))), DraftCost(0.0))
+    speculation = AdaptiveSpeculation(policy, costs, clock=lambda: world.now)
+    world.run(speculation, policy, steps=10)
+    assert speculation._payoff._owed_s == 0
