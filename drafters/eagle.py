@@ -74,6 +74,7 @@ class EagleDrafter(LevelDrafter):
     """
 
     name = "eagle"
+    covers_unasked = True
     # Pages that may be shared before they have been read: so many, or this part of all. Their features take a tenth or two of
     # the memory that their keys and values take, of which a GPU has none to spare.
     _MOST_WAITING, _WAITING_SHARES = 64, {"cpu": 1.0, "cuda": 1 / 8}

@@ -39,6 +39,7 @@ class MedusaDrafter(NetworkDrafter):
     """
 
     name = "medusa"
+    covers_unasked = True
 
     def __init__(
         self, heads: MedusaHeads | HeadSource[MedusaHeads], tokens: FrequentTokens | None = None, int8: bool = False

@@ -36,6 +36,8 @@ class SmallModelDrafter(LevelDrafter):
     """
 
     name = "small_model"
+    # Texts are not run where nobody drafts.
+    covers_unasked = False
     feature_layers: tuple[int, ...] = ()
 
     def __init__(self, model: PagedModel) -> None:

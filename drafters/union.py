@@ -47,6 +47,10 @@ class UnionDrafter:
         return self._num_ready == len(self.members)
 
     @property
+    def covers_unasked(self) -> bool:
+        return all(one.covers_unasked for one in self.drafters)
+
+    @property
     def drafters(self) -> list[Drafter]:
         return [member.drafter for member in self.members]
 

@@ -90,7 +90,7 @@ class Replay:
             layers = tuple(self._drafter.feature_layers)
             verdict = self._verifier.verify(Plan([one], [chunk], [], []), None, noise, self._cache, layers, StepTimes())
             one.num_computed = end = begin + chunk
-            hidden = verdict.hidden.get(one.id, {})
+            hidden: Mapping[int, torch.Tensor] = verdict.hidden.get(one.id) or {}
             self._drafter.observe([Commit(one.id, begin, one.token_ids[begin:end], one.token_ids[end], None, hidden)])
 
 

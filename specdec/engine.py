@@ -295,21 +295,21 @@ class Engine:
         place = {one.id: row for row, one in enumerate(step.verifying)}
         commits = []
         for one, chunk in zip(step.sequences, step.chunks, strict=True):
-            if one.finish_reason is not None:
-                continue
             row = place.get(one.id)
             path = verdict.paths[row] if row is not None else []
-            computed = chunk + len(path)
-            begin = one.num_computed - computed
+            begin = one.num_computed - chunk - len(path)
+            # What lies behind the end of a request is in no text.
+            end = min(one.num_computed, one.root_position)
+            hidden = verdict.hidden.get(one.id)
             commits.append(
                 Commit(
                     one.id,
                     begin,
-                    one.token_ids[begin : begin + computed],
-                    one.token_ids[begin + computed],
-                    path if chunk == 0 and row is not None else None,
-                    verdict.hidden.get(one.id, {}),
-                    one,
+                    one.token_ids[begin:end],
+                    one.token_ids[end],
+                    path[: end - begin] if chunk == 0 and row is not None else None,
+                    {} if hidden is None else hidden.first(end - begin),
+                    one if one.finish_reason is None else None,
                 )
             )
         self.drafter.observe(commits)

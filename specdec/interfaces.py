@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from specdec.pages import PagePool
     from specdec.scheduler import Plan
     from specdec.sequence import Sequence
+    from specdec.states import PickedStates
 
 
 @runtime_checkable
@@ -88,7 +89,7 @@ class Commit:
     through the target yet (the next root). `nodes` are their node indices in the last proposed tree (root first; None for
     a prompt chunk, and for tokens that this drafter did not draft), `hidden` the target's states of exactly these tokens for
     each of the drafter's `feature_layers`. With its `sequence` a drafter can read along on the pages; without (None) it reads
-    when it is asked for a tree.
+    when it is asked for a tree, which after the last tokens of a request it never is: those may complete a page for others.
     """
 
     sequence_id: int
@@ -103,10 +104,14 @@ class Commit:
 class Drafter(Protocol):
     """Proposes token trees. `feature_layers`: the hidden states of the target that it wants to observe.
 
-    What it keeps on the pages is shared with them. What it needs besides goes with each page as a note.
+    What it keeps on the pages is shared with them. What it needs besides goes with each page as a note. `covers_unasked`:
+    whether all that it observes can be shared, though it is never asked for a tree.
     """
 
     feature_layers: tuple[int, ...]
+
+    @property
+    def covers_unasked(self) -> bool: ...
 
     def bind(self, target: PagedModel, pool: PagePool) -> None:
         """Called once per engine, before anything else; raises ValueError where drafter and target do not fit."""
@@ -141,6 +146,8 @@ class Drafter(Protocol):
 
 class OffPages:
     """Base of the drafters that keep nothing on the pages."""
+
+    covers_unasked = True
 
     def covered(self, sequence_id: int) -> int:
         return sys.maxsize
@@ -177,7 +184,7 @@ class Verdict:
     paths: list[list[int]]
     tokens: list[list[int]]
     logprobs: list[list[tuple[float, dict[int, float]]] | None]
-    hidden: dict[int, Mapping[int, Tensor]] = field(default_factory=dict)
+    hidden: dict[int, PickedStates] = field(default_factory=dict)
 
 
 class Speculation(Protocol):

@@ -173,8 +173,8 @@ class Scheduler:
         assert fits, "there were pages enough"
         if start and self._drafter is not None:
             self._drafter.adopt(one, start, [node.note for node in found])
-        # A drafter with state on the pages completes them only if it is going to draft.
-        if self._drafter is None or self._drafter.covered(one.id) > start or one.max_draft_depth > 1:
+        # Nobody should wait for pages that a drafter completes only if it drafts.
+        if self._drafter is None or self._drafter.covers_unasked or one.max_draft_depth > 1:
             self._prefixes.announce(one)
         return True
 

@@ -34,6 +34,14 @@ class PickedStates(Mapping[int, Tensor]):
         """How many rows."""
         return self.rows.stop - self.rows.start if isinstance(self.rows, slice) else len(self.rows)
 
+    def first(self, count: int) -> PickedStates:
+        """Those of the first `count` rows."""
+        if count == self.count:
+            return self
+        rows = self.rows
+        part = slice(rows.start, rows.start + count) if isinstance(rows, slice) else rows[:count]
+        return PickedStates(self.step, part)
+
     @staticmethod
     def joined(each: Seq[PickedStates], layers: Seq[int], most: int) -> list[Tensor]:
         """States [n, layers * D] of each of these, all of one step, those of the layers side by side: views of copies that have

@@ -137,6 +137,20 @@ def test_a_prompt_that_many_share_is_computed_once() -> None:
         assert engine.metrics.num_prefix_tokens == 7 * 12
 
 
+@pytest.mark.parametrize(
+    ("system", "is_shared"), [("plain", True), ("eagle", True), ("medusa", True), ("ngram", True), ("small", False)]
+)
+@pytest.mark.parametrize("length", [1, 2])
+def test_a_prompt_of_many_short_answers_is_computed_once_where_nobody_must_draft_for_that(
+    system: str, is_shared: bool, length: int
+) -> None:
+    """A small model runs no text that it does not draft behind: nobody waits for pages that it will not complete."""
+    params = [SamplingParams(temperature=1.0, max_new_tokens=length, ignore_eos=True, seed=seed) for seed in range(8)]
+    engine = SYSTEMS[system].engine(page_size=4, prefill_chunk=64, max_batch_size=8)
+    engine.generate([PROMPTS[14]] * 8, params)
+    assert engine.metrics.num_prefill_tokens == (15 + 7 * 3 if is_shared else 8 * 15)
+
+
 def test_pages_go_though_more_was_announced_behind_them() -> None:
     """A request whose prompt is what another is about to say announces those pages; the other overtakes it, fills them and
     ends, so that nobody uses them while the first has yet to come there."""
