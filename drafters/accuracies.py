@@ -13,6 +13,7 @@ from specdec.interfaces import Commit, Drafter, Noise
 from specdec.kv_cache import KVCache
 from specdec.model import PagedModel, Segment
 from specdec.noise import CounterNoise
+from specdec.off_pages import completed
 from specdec.pages import PagePool, PageTable
 from specdec.sampling import SamplingParams
 from specdec.sequence import Sequence
@@ -84,7 +85,7 @@ class _Walk:
         self.drafter, self.device, self.texts = drafter, target.device, [list(text) for text in texts]
         pool = PagePool(0)
         pool.grow(sum(pool.pages_for(len(text) + depth) for text in texts))
-        drafter.bind(target, pool)
+        completed(drafter).bind(target, pool)
         layers, cache = tuple(drafter.feature_layers), target.new_cache(pool)
         self._tables = [PageTable(pool) for _ in texts]
         self._hidden: list[dict[int, Tensor]] = []

@@ -20,7 +20,7 @@ from specdec.drafters.payoff import Payoff
 from specdec.drafters.pruning import prune, shallower
 from specdec.drafters.union import UnionDrafter
 from specdec.int_tensor import int_tensor
-from specdec.interfaces import Drafter, Noise, TreePolicy, Verdict
+from specdec.interfaces import Noise, PagedDrafter, TreePolicy, Verdict
 from specdec.scheduler import Plan
 from specdec.sequence import Sequence
 from specdec.tree import TokenTree, TreeSpec
@@ -114,7 +114,7 @@ class AdaptiveSpeculation:
         # The root is run once; the levels behind it are taken to be alike.
         self._expanded_D = np.where(levels > 0, 1 + (levels - 1) * share, 0.0)
 
-    def propose(self, step: Plan, drafter: Drafter, policy: TreePolicy, noise: Noise) -> TokenTree:
+    def propose(self, step: Plan, drafter: PagedDrafter, policy: TreePolicy, noise: Noise) -> TokenTree:
         """Trees for `step.drafting`. Raises ValueError for another policy than the one that this was made for."""
         if policy is not self._policy:
             raise ValueError("adaptive speculation was set up for another policy: make one for each engine")
@@ -186,7 +186,9 @@ class AdaptiveSpeculation:
         limits_B = np.array([one.max_draft_depth for one in sequences])
         return replace(self._habit, depths_B=np.minimum(self._habit.depths_B, limits_B))
 
-    def _choose(self, sequences: list[Sequence], drafter: Drafter, load: Load, ready: Scores | None) -> Choice | None:
+    def _choose(
+        self, sequences: list[Sequence], drafter: PagedDrafter, load: Load, ready: Scores | None
+    ) -> Choice | None:
         """What to draft; None where that is nothing, and then the next steps rest."""
         limits_B = np.array([min(one.max_draft_depth, self._policy.max_depth) for one in sequences])
         if not may_pay(limits_B, self._expanded_D, load, self.costs):
@@ -218,7 +220,7 @@ class AdaptiveSpeculation:
         self._rest = self._last_rest = num_steps
         self._resting = set(sequences)
 
-    def _draft_size(self, sequences: list[Sequence], drafter: Drafter, depths: list[int]) -> DraftSize | None:
+    def _draft_size(self, sequences: list[Sequence], drafter: PagedDrafter, depths: list[int]) -> DraftSize | None:
         if not any(depths):
             return None
         drafted = [one for one, depth in zip(sequences, depths, strict=True) if depth]
@@ -284,7 +286,7 @@ class AdaptiveSpeculation:
         sequences: list[Sequence],
         records: list[RequestRecord],
         limits_B: Ints,
-        drafter: Drafter,
+        drafter: PagedDrafter,
         ready: Scores | None,
     ) -> Options:
         gain_BDO, nodes_BDO = self._outlook.promise(records, ready)
@@ -339,7 +341,7 @@ class AdaptiveSpeculation:
         depths: list[int],
         choice: Choice,
         load: Load,
-        drafter: Drafter,
+        drafter: PagedDrafter,
         noise: Noise,
     ) -> tuple[Scores | None, TokenTree]:
         """The drafted trees as they were scored and as they are verified."""

@@ -12,6 +12,7 @@ import numpy as np
 from specdec.acceptance_stats import CONFIDENT, NodeRates, Offset, shifted, shifted_one
 from specdec.interfaces import Commit, Drafter, Noise, TreePolicy
 from specdec.model import PagedModel
+from specdec.off_pages import completed
 from specdec.pages import PagePool
 from specdec.sequence import Sequence
 
@@ -60,7 +61,7 @@ class Member:
     """
 
     def __init__(self, drafter: Drafter) -> None:
-        self.drafter, self._rates = drafter, NodeRates()
+        self.drafter, self._rates = completed(drafter), NodeRates()
         self._ready = drafter if isinstance(drafter, ReadyMade) else None
         self._offsets: dict[int, Offset] = {}
         self.drafts: dict[int, Draft] = {}

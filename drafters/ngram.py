@@ -11,8 +11,9 @@ from torch import Tensor
 
 from specdec.drafters.growth import FixedPolicy, GrowingPolicy
 from specdec.int_tensor import int_tensor
-from specdec.interfaces import Commit, Noise, OffPages, TreePolicy
+from specdec.interfaces import Commit, Noise, TreePolicy
 from specdec.model import PagedModel
+from specdec.off_pages import OffPages
 from specdec.pages import PagePool
 from specdec.sequence import Sequence
 from specdec.tree import TokenTree

@@ -8,7 +8,7 @@ from collections.abc import Sequence as Seq
 
 from specdec.drafters.member import Draft, Member, ReadyMade, path_probs
 from specdec.drafters.pruning import shallower
-from specdec.interfaces import Commit, Drafter, Noise, TreePolicy
+from specdec.interfaces import Commit, Drafter, Noise, PagedDrafter, TreePolicy
 from specdec.model import PagedModel
 from specdec.pages import PagePool
 from specdec.sequence import Sequence
@@ -51,7 +51,7 @@ class UnionDrafter:
         return all(one.covers_unasked for one in self.drafters)
 
     @property
-    def drafters(self) -> list[Drafter]:
+    def drafters(self) -> list[PagedDrafter]:
         return [member.drafter for member in self.members]
 
     def bind(self, target: PagedModel, pool: PagePool) -> None:

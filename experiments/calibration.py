@@ -21,7 +21,7 @@ from specdec.drafters.found import Found
 from specdec.drafters.pruning import shallower
 from specdec.drafters.union import UnionDrafter
 from specdec.engine import Engine
-from specdec.interfaces import Drafter, Noise, TreePolicy, Verdict
+from specdec.interfaces import Drafter, Noise, PagedDrafter, TreePolicy, Verdict
 from specdec.model import PagedModel
 from specdec.passed import record_of, remember
 from specdec.provenance import device_name
@@ -136,7 +136,7 @@ class _Probe:
     def is_done(self) -> bool:
         return self._step >= self.num_steps
 
-    def propose(self, step: Plan, drafter: Drafter, policy: TreePolicy, noise: Noise) -> TokenTree:
+    def propose(self, step: Plan, drafter: PagedDrafter, policy: TreePolicy, noise: Noise) -> TokenTree:
         start = time.perf_counter()
         roots = torch.tensor([one.root for one in step.drafting])
         self._drafted_now = self._time_draft(step.drafting, drafter, noise)
@@ -174,7 +174,7 @@ class _Probe:
         """See `Measured`; of what runs alone, steps of one size are within a few per cent of each other."""
         return statistics.median(statistics.median(seconds) / min(seconds) for seconds in self._target.values())
 
-    def _time_draft(self, sequences: list[Sequence], drafter: Drafter, noise: Noise) -> bool:
+    def _time_draft(self, sequences: list[Sequence], drafter: PagedDrafter, noise: Noise) -> bool:
         depth = next(self._depths)
         if not depth:
             return False

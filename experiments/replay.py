@@ -13,6 +13,7 @@ from specdec.interfaces import Acceptance, Commit, Drafter, Noise, TargetLaws, T
 from specdec.metrics import StepTimes
 from specdec.model import PagedModel
 from specdec.noise import CounterNoise
+from specdec.off_pages import completed
 from specdec.pages import PagePool, PageTable
 from specdec.sampling import SamplingParams
 from specdec.scheduler import Plan
@@ -41,13 +42,13 @@ class Replay:
     """
 
     def __init__(self, target: PagedModel, drafter: Drafter, page_size: int = 16, prefill_chunk: int = 512) -> None:
-        self._drafter, self._prefill_chunk = drafter, prefill_chunk
+        self._drafter, self._prefill_chunk = completed(drafter), prefill_chunk
         self._witness = _Witness()
         self._verifier = Verifier(target, self._witness, allow_lossy=True)
         self._pool = PagePool(0, page_size)
         self._cache = self._verifier.new_cache(self._pool)
         self._ids = itertools.count()
-        drafter.bind(target, self._pool)
+        self._drafter.bind(target, self._pool)
 
     def scenes(
         self,

@@ -16,6 +16,7 @@ from specdec.interfaces import Commit, Drafter, Speculation, TreePolicy, Verdict
 from specdec.kv_cache import KVCache
 from specdec.metrics import EngineMetrics, StepTimes
 from specdec.noise import CounterNoise
+from specdec.off_pages import completed
 from specdec.pages import PagePool, PageTable
 from specdec.prefix import PrefixCache
 from specdec.request import Prompt, Request, Result, Token, encode
@@ -27,12 +28,12 @@ from specdec.tree import TokenTree
 class Engine:
     """Generates for requests that come and go; without a drafter every tree is a root alone, which is plain decoding.
 
-    Args: `verifier` holds target and rule, `drafter` and `policy` go together, `speculation` may depart from the policy step by
-    step. `max_batch_size` sequences run at once; prompts go in pieces, `prefill_chunk` tokens of all of them per step.
-    `num_pages` bounds the KV cache (None: it grows with the need); `share_prefixes` keeps the pages of what has been computed
-    for requests that begin alike. On CUDA, `cuda_graphs` records the forwards of trees and replays them; give `num_pages`
-    there, for graphs are recorded anew when the cache grows. Not thread safe. Raises ValueError where rule, policy,
-    drafter and target do not fit together.
+    Args: `verifier` holds target and rule; `drafter`, which needs no more than the verbs of `interfaces.Drafter`, and `policy`
+    go together; `speculation` may depart from the policy step by step. `max_batch_size` sequences run at once; prompts go in
+    pieces, `prefill_chunk` tokens of all of them per step. `num_pages` bounds the KV cache (None: it grows with the need);
+    `share_prefixes` keeps the pages of what has been computed for requests that begin alike. On CUDA, `cuda_graphs` records the
+    forwards of trees and replays them; give `num_pages` there, for graphs are recorded anew when the cache grows. Not thread
+    safe. Raises ValueError where rule, policy, drafter and target do not fit together.
     """
 
     def __init__(
@@ -57,7 +58,8 @@ class Engine:
             raise ValueError(f"max_batch_size={max_batch_size} and prefill_chunk={prefill_chunk} must be >= 1")
         if policy is not None:
             verifier.require(policy.spec)
-        self.verifier, self.target, self.drafter, self.policy = verifier, verifier.target, drafter, policy
+        self.verifier, self.target, self.policy = verifier, verifier.target, policy
+        self.drafter = None if drafter is None else completed(drafter)
         self.speculation = speculation
         self.max_batch_size, self.prefill_chunk = max_batch_size, prefill_chunk
         self.pool = PagePool(num_pages or 0, page_size)
@@ -70,15 +72,15 @@ class Engine:
         self._scheduler = Scheduler(
             self.pool,
             self.prefixes,
-            drafter,
+            self.drafter,
             self._counts,
             prefill_chunk=prefill_chunk,
             scratch=scratch,
             may_grow=num_pages is None,
         )
         self._ids = itertools.count()
-        if drafter is not None:
-            drafter.bind(self.target, self.pool)
+        if self.drafter is not None:
+            self.drafter.bind(self.target, self.pool)
         if cuda_graphs:
             for storage in self.pool.storages:
                 if isinstance(storage, KVCache) and storage.device.type == "cuda":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
@@ -101,26 +100,36 @@ class Commit:
     sequence: Sequence | None = None
 
 
+@runtime_checkable
 class Drafter(Protocol):
-    """Proposes token trees. `feature_layers`: the hidden states of the target that it wants to observe.
-
-    What it keeps on the pages is shared with them. What it needs besides goes with each page as a note. `covers_unasked`:
-    whether all that it observes can be shared, though it is never asked for a tree.
-    """
+    """Proposes token trees: what every drafter must have. `feature_layers`: the hidden states of the target that it wants to
+    observe. Without what `PagedDrafter` has besides it is taken to keep nothing on the pages."""
 
     feature_layers: tuple[int, ...]
+
+    def observe(self, commits: Seq[Commit]) -> None:
+        """These tokens are final."""
+        ...
+
+    def propose(self, sequences: Seq[Sequence], policy: TreePolicy, noise: Noise) -> TokenTree:
+        """A tree behind each sequence's root; asked again for the same root, the drafter forgets the tree before."""
+        ...
+
+    def forget(self, sequence_ids: Seq[int]) -> None:
+        """These sequences have ended, or will be observed from their beginning again."""
+        ...
+
+
+@runtime_checkable
+class PagedDrafter(Drafter, Protocol):
+    """A drafter that may keep state on the target's pages. This is shared with them; what it needs besides goes with each page
+    as a note. `covers_unasked`: whether all that it observes can be shared, though it is never asked for a tree."""
 
     @property
     def covers_unasked(self) -> bool: ...
 
     def bind(self, target: PagedModel, pool: PagePool) -> None:
         """Called once per engine, before anything else; raises ValueError where drafter and target do not fit."""
-        ...
-
-    def observe(self, commits: Seq[Commit]) -> None: ...
-
-    def propose(self, sequences: Seq[Sequence], policy: TreePolicy, noise: Noise) -> TokenTree:
-        """A tree behind each sequence's root; asked again for the same root, the drafter forgets the tree before."""
         ...
 
     def covered(self, sequence_id: int) -> int:
@@ -140,26 +149,6 @@ class Drafter(Protocol):
     def num_unread(self, sequence: Sequence) -> int:
         """Final tokens that it would run, the root among them, were it asked for a tree now; at least 1."""
         ...
-
-    def forget(self, sequence_ids: Seq[int]) -> None: ...
-
-
-class OffPages:
-    """Base of the drafters that keep nothing on the pages."""
-
-    covers_unasked = True
-
-    def covered(self, sequence_id: int) -> int:
-        return sys.maxsize
-
-    def note(self, sequence_id: int, end: int) -> None:
-        pass
-
-    def adopt(self, sequence: Sequence, num_positions: int, notes: Seq[object]) -> None:
-        pass
-
-    def num_unread(self, sequence: Sequence) -> int:
-        return 1
 
 
 class TreePolicy(Protocol):
@@ -190,7 +179,7 @@ class Verdict:
 class Speculation(Protocol):
     """Decides step by step how much is drafted, and learns from what became of it."""
 
-    def propose(self, step: Plan, drafter: Drafter, policy: TreePolicy, noise: Noise) -> TokenTree:
+    def propose(self, step: Plan, drafter: PagedDrafter, policy: TreePolicy, noise: Noise) -> TokenTree:
         """Trees of `step.drafting`: the policy's, smaller ones, or roots alone; `noise` has their rows.
 
         What is drawn may be decided on by the past alone; only trees without drawn nodes may be pruned once drafted.

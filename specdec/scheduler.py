@@ -5,7 +5,7 @@ from __future__ import annotations
 from bisect import insort
 from dataclasses import dataclass
 
-from specdec.interfaces import Drafter
+from specdec.interfaces import PagedDrafter
 from specdec.metrics import EngineMetrics
 from specdec.pages import OutOfPages, PagePool
 from specdec.prefix import PrefixCache, PrefixPage
@@ -48,7 +48,7 @@ class Scheduler:
         self,
         pool: PagePool,
         prefixes: PrefixCache,
-        drafter: Drafter | None,
+        drafter: PagedDrafter | None,
         metrics: EngineMetrics,
         *,
         prefill_chunk: int,

@@ -19,7 +19,7 @@ from specdec.experiments import acceptance
 from specdec.experiments.estimates import clustered_mean
 from specdec.experiments.jury import Jury, chosen_rules
 from specdec.experiments.replay import Replay, Scene
-from specdec.interfaces import Acceptance, Commit, Noise, OffPages, TargetLaws, TreePolicy
+from specdec.interfaces import Acceptance, Commit, Noise, TargetLaws, TreePolicy
 from specdec.tracking import JsonlTracker
 from specdec.tree import TokenTree, TreeSpec
 from specdec.verifiers import RULES
@@ -127,7 +127,7 @@ def test_any_drafter_can_be_led(tiny) -> None:
 
 
 def test_drafters_see_every_final_token_with_its_features(tiny) -> None:
-    class Watcher(OffPages):
+    class Watcher:
         feature_layers = (1,)
 
         def __init__(self) -> None:

@@ -9,7 +9,7 @@ import torch
 
 from specdec import Engine, PagedModel, SamplingParams
 from specdec.drafters import NGramDrafter, SmallModelDrafter, TopK, chain
-from specdec.interfaces import Commit, OffPages
+from specdec.interfaces import Commit
 from specdec.pages import OutOfPages
 from specdec.sampling import log_confidence
 from specdec.tree import TokenTree
@@ -197,7 +197,7 @@ def test_times_and_counts_add_up(target, draft) -> None:
     assert 0 < engine.times.overhead < 1
 
 
-class Recorder(OffPages):
+class Recorder:
     """A drafter that proposes roots alone and keeps what it observes."""
 
     feature_layers = (0, 1, 2)
