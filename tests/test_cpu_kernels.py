@@ -18,7 +18,7 @@ from specdec.drafters.growth import TopK
 from specdec.drafters.ngram import NGramDrafter
 from specdec.drafters.small_model import SmallModelDrafter
 from specdec.engine import Engine
-from specdec.kernels.cpu import BlockedWeight, DecoderStack, NotBuilt, can_run, library, path_attention
+from specdec.kernels.cpu import BlockedWeight, DecoderStack, NotBuilt, build, can_run, library, path_attention
 from specdec.kernels.cpu.stack import last_queries
 from specdec.kernels.linear import Arena
 from specdec.kernels.tree_attention import SequencePlan
@@ -354,6 +354,33 @@ def test_a_stack_that_computes_something_else_is_dropped(monkeypatch: pytest.Mon
     with pytest.warns(UserWarning, match="runs layer by layer"):
         check_decoder(model)
     assert not model.is_fused
+
+
+_AVX512 = "avx2 fma avx512f avx512bw avx512dq avx512vl"
+
+
+@pytest.mark.parametrize(
+    ("words", "wanted"),
+    [
+        (f"GenuineIntel {_AVX512} avx512_bf16 amx_bf16", "amx"),
+        (f"GenuineIntel {_AVX512} avx512_bf16", "avx512"),
+        (f"AuthenticAMD {_AVX512} avx512_bf16", "avx512_bf16"),
+        (f"GenuineIntel {_AVX512}", "avx512"),
+        ("AuthenticAMD avx2 fma", "avx2"),
+    ],
+)
+def test_the_fastest_instructions_are_taken(monkeypatch: pytest.MonkeyPatch, words: str, wanted: str) -> None:
+    """Not the newest: a product of bfloat16 is quick on AMD's CPUs and slow on Intel's."""
+    monkeypatch.setattr(build, "_cpu_words", lambda: set(words.split()))
+    monkeypatch.delenv("SPECDEC_CPU", raising=False)
+    assert build.instruction_set() == wanted
+    if "avx512_bf16" in words:
+        monkeypatch.setenv("SPECDEC_CPU", "avx512_bf16")
+        assert build.instruction_set() == "avx512_bf16"
+    else:
+        monkeypatch.setenv("SPECDEC_CPU", "amx")
+        with pytest.raises(ValueError, match=r"SPECDEC_CPU='amx' is nothing that this CPU runs; use .*avx2"):
+            build.instruction_set()
 
 
 def test_a_switch_forbids_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
