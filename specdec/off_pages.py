@@ -6,12 +6,13 @@ import sys
 from collections.abc import Sequence as Seq
 from typing import TYPE_CHECKING, Any, cast
 
-from specdec.interfaces import Commit, Drafter, PagedDrafter
+from specdec.interfaces import Commit, Drafter, Noise, PagedDrafter, TreePolicy
 
 if TYPE_CHECKING:
     from specdec.model import PagedModel
     from specdec.pages import PagePool
     from specdec.sequence import Sequence
+    from specdec.tree import TokenTree
 
 _VERBS = ("feature_layers", "observe", "propose", "forget")
 _SHARING = ("covers_unasked", "covered", "note", "adopt", "num_unread")
@@ -37,7 +38,7 @@ class OffPages:
 
 class _Verbs(OffPages):
     """Speaks for a drafter that has its verbs alone. It observes the tokens of a shared prefix as it would those of a prompt;
-    where it wants features too, which nobody has kept, nothing is shared."""
+    where it wants features too, which nobody has kept, nothing is shared. Trees without draws may be on the CPU, wherever the target is."""
 
     def __init__(self, drafter: Drafter) -> None:
         self._drafter = drafter
@@ -50,9 +51,14 @@ class _Verbs(OffPages):
         return not self._drafter.feature_layers
 
     def bind(self, target: PagedModel, pool: PagePool) -> None:
+        self._device = target.device
         bind = getattr(self._drafter, "bind", None)
         if bind is not None:
             bind(target, pool)
+
+    def propose(self, sequences: Seq[Sequence], policy: TreePolicy, noise: Noise) -> TokenTree:
+        tree = self._drafter.propose(sequences, policy, noise)
+        return tree if tree.device.type == self._device.type else tree.to(self._device)
 
     def covered(self, sequence_id: int) -> int:
         return 0 if self._drafter.feature_layers else sys.maxsize

@@ -8,16 +8,19 @@ from collections import defaultdict
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from traffic import LONGEST, PARAMS, PROMPTS, STEMS, SYSTEMS, VOCAB, System, Traffic, ngram, target
+from traffic import PARAMS, PROMPTS, STEMS, SYSTEMS, VOCAB, System, Traffic, ngram, target
 
-from specdec import Engine
+from specdec import Engine, SamplingParams
 from specdec.drafters import TopK, UnionDrafter, chain
 from specdec.interfaces import Commit, Drafter, PagedDrafter
+from specdec.noise import CounterNoise
 from specdec.off_pages import OffPages, completed
+from specdec.pages import PagePool, PageTable
 from specdec.sequence import Sequence
 from specdec.tree import TokenTree
 from specdec.verifiers import Verifier
@@ -30,7 +33,6 @@ class Repeats:
     def __init__(self, *feature_layers: int) -> None:
         self.feature_layers = feature_layers
         self.texts: dict[int, list[int]] = defaultdict(list)
-        self.features: dict[int, list[torch.Tensor]] = defaultdict(list)
 
     def observe(self, commits: Seq[Commit]) -> None:
         for one in commits:
@@ -75,7 +77,7 @@ def test_it_needs_four_members_under_any_load(name: str) -> None:
             traffic.cancel(chance.randrange(100))
     traffic.finish()
     metrics = traffic.engine.metrics
-    assert metrics.num_preemptions > 0 and sum(metrics.accepted_by_depth) > 0 and LONGEST < 15 * 4
+    assert metrics.num_preemptions > 0 and sum(metrics.accepted_by_depth) > 0
     # What has been computed for others came without features, so these were computed again.
     assert (metrics.num_prefix_tokens > 0) == (name in ("tokens", "adaptive"))
     own = [
@@ -88,8 +90,8 @@ def test_it_needs_four_members_under_any_load(name: str) -> None:
 
 def test_the_one_of_the_docs_drafts() -> None:
     page = (Path(__file__).parents[1] / "docs" / "engine.md").read_text()
-    (code,) = re.findall(r"```python\n(class Repeats:.*?)\nEngine\(", page, re.S)
-    scope: dict[str, Any] = {"TokenTree": TokenTree}
+    (code,) = re.findall(r"```python\n(from specdec[^`]*?\nclass Repeats:.*?)\nEngine\(", page, re.S)
+    scope: dict[str, Any] = {}
     exec(code, scope)
     engine = Engine(Verifier(target()), scope["Repeats"](), chain(4))
     prompts = [list(stem) for stem in STEMS]
@@ -107,6 +109,15 @@ def test_it_may_be_bound() -> None:
 
     drafter = Binds()
     assert Engine(Verifier(target()), drafter, chain(2)).drafter.bound is drafter.bound is target()
+
+
+def test_its_trees_go_where_the_target_is() -> None:
+    drafter = completed(Repeats())
+    elsewhere = SimpleNamespace(device=torch.device("meta"))
+    drafter.bind(elsewhere, PagePool(0))
+    one = Sequence(0, [3], SamplingParams(), 0, PageTable(PagePool(0)), 8)
+    drafter.observe([Commit(0, 0, [], 3, None, {})])
+    assert drafter.propose([one], chain(2), CounterNoise([0], [0], [0])).tokens_BN.device.type == "meta"
 
 
 def test_what_is_missing_is_named() -> None:
