@@ -38,7 +38,8 @@ class OffPages:
 
 class _Verbs(OffPages):
     """Speaks for a drafter that has its verbs alone. It observes the tokens of a shared prefix as it would those of a prompt;
-    where it wants features too, which nobody has kept, nothing is shared. Trees without draws may be on the CPU, wherever the target is."""
+    where it wants features too, which nobody has kept, nothing is shared. Trees without draws may be on the CPU, wherever the
+    target is."""
 
     def __init__(self, drafter: Drafter) -> None:
         self._drafter = drafter
