@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import nullcontext
 
 from specdec.async_engine import AsyncEngine
 from specdec.config import ServeConfig
@@ -10,6 +11,7 @@ from specdec.experiments.building import sampling_params
 from specdec.experiments.measurement import warm_up
 from specdec.experiments.system import load_system, load_target, target_name
 from specdec.garbage import set_aside
+from specdec.live import LiveView
 
 
 def run(config: ServeConfig, command: str) -> int:
@@ -19,7 +21,7 @@ def run(config: ServeConfig, command: str) -> int:
     address before a model is loaded.
     """
     try:
-        from specdec.serving import Server, create_app
+        from specdec.serving import Server, ServerView, create_app
         from specdec.serving.server import address, bind
     except ModuleNotFoundError as error:
         raise ImportError(f"no package {error.name}, which serving needs: pip install 'specdec[serve]'") from error
@@ -30,14 +32,18 @@ def run(config: ServeConfig, command: str) -> int:
         system = load_system(config)
         engine = system.engine(load_target(config.target), config.engine)
         warm_up(engine, [0] * 8, chat=False)
-        front = AsyncEngine(engine, max_waiting=config.max_waiting)
-        name = target_name(config.target)
-        server = Server(create_app(front, name, defaults), front, drain_s=config.drain_s, access_log=config.access_log)
-        labels = system.labels
+        name, labels = target_name(config.target), system.labels
+        live = LiveView() if config.live else None
+        view = None if live is None else ServerView(name, live)
+        front = AsyncEngine(engine, max_waiting=config.max_waiting, watch=None if view is None else view.emitted)
+        app = create_app(front, name, defaults)
         print(f"{name}, drafter {labels['drafter']}, policy {labels['policy']}, rule {labels['rule']}")
         print(f"at {address(socket)}/v1 until Ctrl-C", flush=True)
         set_aside()
-        server.run([socket])
+        with live or nullcontext():
+            # Logs are set up here, so that their lines stand above a terminal's panel.
+            server = Server(app, front, drain_s=config.drain_s, access_log=config.access_log, view=view)
+            server.run([socket])
     print("closed", flush=True)
     return 0
 

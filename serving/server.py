@@ -11,16 +11,25 @@ import uvicorn
 from fastapi import FastAPI
 
 from specdec.async_engine import AsyncEngine
+from specdec.serving.live import ServerView
 
 
 class Server(uvicorn.Server):
     """Serves `app` on a bound socket until SIGTERM, SIGINT or `should_exit`.
 
     Then nothing more is accepted, requests have `drain_s` seconds to end, and those left over end with an error; a second
-    SIGINT ends them at once. A shutdown that was asked for is a success: no signal is raised again.
+    SIGINT ends them at once. A shutdown that was asked for is a success: no signal is raised again. `view` is kept up to date.
     """
 
-    def __init__(self, app: FastAPI, front: AsyncEngine, *, drain_s: float = 30.0, access_log: bool = False) -> None:
+    def __init__(
+        self,
+        app: FastAPI,
+        front: AsyncEngine,
+        *,
+        drain_s: float = 30.0,
+        access_log: bool = False,
+        view: ServerView | None = None,
+    ) -> None:
         # uvicorn's own patience is for clients that do not take what is sent to them.
         config = uvicorn.Config(
             app,
@@ -30,7 +39,12 @@ class Server(uvicorn.Server):
             timeout_graceful_shutdown=int(drain_s) + 5,
         )
         super().__init__(config)
-        self.front, self.drain_s = front, drain_s
+        self.front, self.drain_s, self.view = front, drain_s, view
+
+    async def on_tick(self, counter: int) -> bool:
+        if self.view is not None:
+            self.view.show(self.front)
+        return await super().on_tick(counter)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         draining = asyncio.create_task(self.front.close(drain=True, timeout_s=self.drain_s))

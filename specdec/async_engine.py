@@ -54,10 +54,13 @@ class AsyncEngine:
     At most `engine.max_batch_size + max_waiting` requests are open at once. Prompts are encoded in a thread of their own, one
     call's after another's. A step that raises fails the requests that it computed; the others go on if the engine's pages
     check out afterwards, else everything open fails and `state` is `dead`. Close it when done, or use it in an `async with`:
-    that waits for what is open, or cancels it where the block raised.
+    that waits for what is open, or cancels it where the block raised. `watch` is called in the engine's thread with the tokens
+    of each step.
     """
 
-    def __init__(self, engine: Engine, *, max_waiting: int = 64) -> None:
+    def __init__(
+        self, engine: Engine, *, max_waiting: int = 64, watch: Callable[[Seq[Token]], None] | None = None
+    ) -> None:
         if max_waiting < 0:
             raise ValueError(f"max_waiting={max_waiting} must be >= 0")
         self.engine, self.max_open = engine, engine.max_batch_size + max_waiting
@@ -74,7 +77,7 @@ class AsyncEngine:
 
         self._streams: dict[TokenStream, dict[int, Handle]] = {}
         self._owners: dict[int, TokenStream] = {}
-        self._num_failures = 0
+        self._num_failures, self._watch = 0, watch
         self._thread = threading.Thread(target=self._run, name="specdec-engine", daemon=True)
         self._thread.start()
 
@@ -252,6 +255,8 @@ class AsyncEngine:
         else:
             self._num_failures = 0
             self._hand_out(tokens)
+            if self._watch is not None:
+                self._watch(tokens)
         return self.error is None
 
     def _answer(self) -> None:

@@ -79,6 +79,7 @@ class Meter:
         self, clock: Callable[[], float] = time.perf_counter, window_s: float = 10.0, num_kept: int = 2048
     ) -> None:
         self.num_ended = 0
+        self._num_tokens = self._num_forwards = 0
         self._clock, self._window_s, self._begin = clock, window_s, clock()
         # The last token's time; the request that has waited longest for its next one comes first.
         self._last: OrderedDict[int, float] = OrderedDict()
@@ -112,6 +113,8 @@ class Meter:
             self.count(id, len(same), now, result is not None)
             if result is not None:
                 self._ttft.append(result.metrics.ttft_s)
+                self._num_tokens += result.metrics.num_new_tokens
+                self._num_forwards += result.metrics.num_target_forwards
 
     @property
     def tokens_per_s(self) -> float:
@@ -120,6 +123,11 @@ class Meter:
         while self._recent and self._recent[0][0] < since:
             self._recent.popleft()
         return sum(count for _, count in self._recent) / (now - since) if now > since else 0.0
+
+    @property
+    def tau(self) -> float | None:
+        """Over the requests that an engine has ended."""
+        return self._num_tokens / self._num_forwards if self._num_forwards else None
 
     @property
     def latency(self) -> Latency:
@@ -155,10 +163,10 @@ class LiveView:
         log_every_s: float = 30.0,
     ) -> None:
         self._console = Console(stderr=True, markup=False, highlight=False) if console is None else console
-        self._is_terminal = self._console.is_terminal
-        self._clock, self._every_s = clock, 1 / per_s if self._is_terminal else log_every_s
-        self._next_s = clock() + (0.0 if self._is_terminal else log_every_s)
-        self._live = Live(console=self._console, auto_refresh=False, transient=True) if self._is_terminal else None
+        is_terminal = self._console.is_terminal
+        self._clock, self._every_s = clock, 1 / per_s if is_terminal else log_every_s
+        self._next_s = clock() + (0.0 if is_terminal else log_every_s)
+        self._live = Live(console=self._console, auto_refresh=False, transient=True) if is_terminal else None
 
     def __enter__(self) -> LiveView:
         if self._live is not None:
@@ -170,6 +178,10 @@ class LiveView:
     ) -> None:
         if self._live is not None:
             self._live.stop()
+
+    @property
+    def is_terminal(self) -> bool:
+        return self._live is not None
 
     def show(self, state: Callable[[], LiveState], now: bool = False) -> None:
         """Shows what `state` says, if it is time or `now`."""

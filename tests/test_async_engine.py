@@ -13,7 +13,7 @@ from serving_cases import Gate, HeldTokenizer, eventually, is_clean, make_engine
 from specdec import PagedModel, SamplingParams
 from specdec.async_engine import MAX_FAILURES, AsyncEngine, EngineClosed, EngineDead, QueueFull, StepFailed
 from specdec.pages import OutOfPages
-from specdec.request import Result
+from specdec.request import Result, Token
 
 PROMPTS = [[40, 41, 42, 43, 40, 41, 42], [50, 51] * 6, [60], list(range(30, 75)), [44, 44, 45, 44, 44]]
 
@@ -74,12 +74,14 @@ def test_many_callers_in_several_loops_get_what_they_get_alone(target, alone) ->
 
 def test_prompts_of_one_call_share_a_stream(target, alone) -> None:
     async def main() -> None:
-        async with AsyncEngine(make_engine(target, max_batch_size=2)) as front:
+        watched: list[Token] = []
+        async with AsyncEngine(make_engine(target, max_batch_size=2), watch=watched.extend) as front:
             stream = await front.submit(PROMPTS, [params(i % 4) for i in range(len(PROMPTS))])
             tokens = [token async for token in stream]
             for i in range(len(PROMPTS)):
                 assert [token.token_id for token in tokens if token.index == i] == alone[i, i % 4]
             assert [token async for token in stream] == []
+        assert sorted(watched, key=lambda token: token.index) == sorted(tokens, key=lambda token: token.index)
 
     asyncio.run(main())
 

@@ -8,8 +8,11 @@ from types import SimpleNamespace
 import pytest
 from rich.console import Console
 
+from specdec import Engine, PagedModel, SamplingParams
 from specdec.latency import Latency
 from specdec.live import Gauges, LiveState, LiveView, Meter, duration, line, panel
+from specdec.serving import ServerView
+from specdec.verifiers import Follow, Verifier
 
 LATENCY = Latency(0.1, 0.25, 0.02, 0.03, 0.04)
 FULL = LiveState(
@@ -73,7 +76,9 @@ def test_a_terminal_gets_a_panel_at_once() -> None:
     with LiveView(Console(file=out, width=100, force_terminal=True), clock, per_s=2) as view:
         made = [view.show(lambda: FULL) for clock.seconds in (0.0, 0.1, 0.6)]
         view.note("a line that stays")
-    assert len(made) == 3 and "tokens/s" in out.getvalue() and "a line that stays" in out.getvalue()
+    assert (
+        len(made) == 3 and view.is_terminal and "tokens/s" in out.getvalue() and "a line that stays" in out.getvalue()
+    )
 
 
 def test_a_meter_looks_back_a_window_and_spreads_tokens() -> None:
@@ -107,10 +112,29 @@ def test_a_meter_forgets_requests_that_were_cancelled() -> None:
 def test_a_meter_takes_what_a_step_emits() -> None:
     clock = Clock()
     meter = Meter(clock)
+    assert meter.tau is None
     clock.seconds = 1.0
     meter.emitted([SimpleNamespace(id=0, result=None), SimpleNamespace(id=7, result=None)])
     clock.seconds = 2.0
-    last = SimpleNamespace(metrics=SimpleNamespace(ttft_s=0.75))
+    last = SimpleNamespace(metrics=SimpleNamespace(ttft_s=0.75, num_new_tokens=5, num_target_forwards=2))
     meter.emitted([SimpleNamespace(id=0, result=None), SimpleNamespace(id=0, result=last)])
-    assert (meter.num_ended, meter.tokens_per_s) == (1, 2.0)
+    assert (meter.num_ended, meter.tokens_per_s, meter.tau) == (1, 2.0, 2.5)
     assert meter.latency == Latency(0.75, 0.75, 0.5, 0.5, 0.5)
+
+
+def test_a_servers_log_is_silent_while_nothing_is_done(tiny) -> None:
+    out, clock = io.StringIO(), Clock()
+    engine = Engine(Verifier(PagedModel(tiny(), name="tiny"), Follow()), max_batch_size=2)
+    front = SimpleNamespace(engine=engine, metrics=engine.metrics)
+    with LiveView(Console(file=out, width=40), clock, log_every_s=30) as live:
+        view = ServerView("tiny", live)
+        for clock.seconds in (20.0, 31.0, 90.0):
+            view.show(front)
+        assert out.getvalue() == ""
+        for token in engine.stream([[1, 2, 3]], SamplingParams(temperature=0, max_new_tokens=4, ignore_eos=True)):
+            view.emitted([token])
+        front.metrics = engine.metrics
+        for clock.seconds in (100.0, 140.0, 180.0):
+            view.show(front)
+    (shown,) = out.getvalue().splitlines()
+    assert shown.startswith("tiny: requests 1, running 0, waiting 0, tokens/s ") and "tau 1.00" in shown

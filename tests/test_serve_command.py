@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import pty
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import openai
@@ -20,7 +22,9 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 @contextmanager
-def serving(folder: Path, *words: str) -> Iterator[tuple[subprocess.Popen[str], openai.OpenAI]]:
+def serving(
+    folder: Path, *words: str, stderr: int | None = None
+) -> Iterator[tuple[subprocess.Popen[str], openai.OpenAI]]:
     """A server on a free port and OpenAI's client; it is gone afterwards."""
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     process = subprocess.Popen(
@@ -28,6 +32,7 @@ def serving(folder: Path, *words: str) -> Iterator[tuple[subprocess.Popen[str], 
         cwd=folder,
         env=environment,
         stdout=subprocess.PIPE,
+        stderr=stderr,
         text=True,
         # A background job of a shell ignores SIGINT, and its children with it.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
@@ -54,6 +59,36 @@ def test_a_signal_ends_it_cleanly(tiny, tokenizer, tmp_path: Path, number: signa
         assert [*chunks][-1].choices[0].finish_reason in ("stop", "length") and first.choices
         out, _ = process.communicate(timeout=120)
         assert process.returncode == 0 and out.endswith("closed\n")
+
+
+def test_a_terminal_shows_how_it_goes(tiny, tokenizer, tmp_path: Path) -> None:
+    tiny(vocab_size=len(tokenizer)).save_pretrained(tmp_path / "tiny")
+    tokenizer.save_pretrained(tmp_path / "tiny")
+    ours, its = pty.openpty()
+    shown, has_tau = bytearray(), threading.Event()
+
+    def read() -> None:
+        # The end of a terminal is an error.
+        with suppress(OSError):
+            while part := os.read(ours, 65536):
+                shown.extend(part)
+                if b"tau" in shown:
+                    has_tau.set()
+
+    reader = threading.Thread(target=read)
+    words = ("target=hf", "target.path=tiny", "target.self_check=false", "access_log=true")
+    with serving(tmp_path, *words, stderr=its) as (process, client):
+        os.close(its)
+        reader.start()
+        client.completions.create(model="tiny", prompt="abcabc", max_tokens=20)
+        # What a request has made of it is there once it has ended.
+        assert has_tau.wait(60), shown
+        process.send_signal(signal.SIGTERM)
+        out, _ = process.communicate(timeout=120)
+    reader.join()
+    os.close(ours)
+    assert b"TTFT" in shown and b"/v1/completions" in shown
+    assert "tau" not in out and out.endswith("closed\n") and process.returncode == 0
 
 
 @pytest.mark.real_model

@@ -92,7 +92,7 @@ class GenerateConfig(SystemConfig, RunConfig):
 @dataclass
 class ServeConfig(SystemConfig):
     """A server at `host`:`port` (0: any free port). `sampling` is what requests leave open. Beyond the batch `max_waiting`
-    requests may wait; at a shutdown those under way have `drain_s` seconds to end."""
+    requests may wait; at a shutdown those under way have `drain_s` seconds to end. `live` shows how it goes."""
 
     target: TargetConfig = field(default_factory=TargetConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
@@ -101,6 +101,7 @@ class ServeConfig(SystemConfig):
     port: int = MISSING
     max_waiting: int = MISSING
     drain_s: float = MISSING
+    live: bool = MISSING
     access_log: bool = MISSING
 
 
