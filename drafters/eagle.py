@@ -123,13 +123,15 @@ class EagleDrafter(LevelDrafter):
     @torch.inference_mode()
     def observe(self, commits: Seq[Commit]) -> None:
         """Keeps the target's states and reads along; the last ones are read in `propose`, with the root."""
-        limit = self.head.config.max_positions
+        limit, page_size = self.head.config.max_positions, self._pool.page_size
         wanted = [commit for commit in commits if limit is None or commit.start < limit]
         each = joined([commit.hidden for commit in wanted], self.feature_layers)
         for commit, states in zip(wanted, each, strict=True):
-            state = self._states.setdefault(commit.sequence_id, _State())
+            state = self._states.get(commit.sequence_id)
+            if state is None:
+                state = self._states[commit.sequence_id] = _State()
             state.features.add(states)
-            for end in page_ends(commit.start, state.features.end, self._pool.page_size):
+            for end in page_ends(commit.start, state.features.end, page_size):
                 self._fill(state, end)
         self._read_along(wanted)
 

@@ -56,6 +56,7 @@ class LevelDrafter(NetworkDrafter):
     def _read_along(self, commits: Seq[Commit]) -> None:
         """Reads what came before these commits, where it is time to and trees are going to be asked for."""
         due, ends = [], []
+        reads_prompts = self._reads_prompts
         for commit in commits:
             one = commit.sequence
             if one is None:
@@ -64,7 +65,7 @@ class LevelDrafter(NetworkDrafter):
             num_unread = commit.start - num_read
             # By its place, not by its nodes: those are also missing where the drafter was not asked for this tree.
             in_prompt = commit.start < one.prompt_len or num_read < one.prompt_len >= self._SHAREABLE
-            is_due = num_unread > 0 if in_prompt and self._reads_prompts else num_unread >= self._MOST_UNREAD
+            is_due = num_unread > 0 if in_prompt and reads_prompts else num_unread >= self._MOST_UNREAD
             # The token to come takes one of the places that are left.
             if is_due and min(one.max_draft_depth - 1, self._limit(one)) > 0:
                 due.append(one)

@@ -99,12 +99,12 @@ class NGramDrafter(OffPages):
         self._indexes.clear()
 
     def observe(self, commits: Seq[Commit]) -> None:
-        """Reads along in prompts, chunk by chunk. What is generated is read when somebody asks; of many texts nobody does."""
+        """Reads along in prompts, one chunk behind, so that no step has a long one to read. The rest waits until somebody asks;
+        of many texts nobody does."""
         for commit in commits:
             one = commit.sequence
-            if one is not None and commit.start < one.prompt_len:
-                index = self._indexes.setdefault(one.id, NGramIndex(*self._settings))
-                index.extend(one.token_ids[len(index.tokens) : commit.start + len(commit.token_ids)])
+            if one is not None and 0 < commit.start < one.prompt_len:
+                self._read(one, commit.start)
 
     def propose(self, sequences: Seq[Sequence], policy: TreePolicy, noise: Noise) -> TokenTree:
         rows = self.ready(sequences, policy)
@@ -136,8 +136,13 @@ class NGramDrafter(OffPages):
             self._indexes.pop(sequence_id, None)
 
     def _index(self, sequence: Sequence) -> NGramIndex:
-        index = self._indexes.setdefault(sequence.id, NGramIndex(*self._settings))
-        index.extend(sequence.token_ids[len(index.tokens) :])
+        return self._read(sequence, len(sequence.token_ids))
+
+    def _read(self, sequence: Sequence, end: int) -> NGramIndex:
+        index = self._indexes.get(sequence.id)
+        if index is None:
+            index = self._indexes[sequence.id] = NGramIndex(*self._settings)
+        index.extend(sequence.token_ids[len(index.tokens) : end])
         return index
 
     def _merge(self, index: NGramIndex, policy: FixedPolicy, limit: int) -> tuple[list[int], list[int], list[float]]:
