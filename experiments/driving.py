@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from specdec.experiments.arrivals import Arrivals
 from specdec.experiments.workload import LoadRequest
 from specdec.live import Gauges
+
+T = TypeVar("T")
 
 
 class Clock(Protocol):
@@ -28,6 +30,30 @@ class WallClock:
 
     def wait(self, seconds: float) -> None:
         time.sleep(seconds)
+
+
+class TurnClock:
+    """Tells each of several who take turns the seconds of `clock` that were its own; for those who wait it stands still."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._spent: dict[str, float] = {}
+        self._who, self._since = "", clock.now()
+
+    def give(self, who: str) -> None:
+        """From now on it is this one's turn."""
+        self._spent[self._who] = self.now()
+        self._who, self._since = who, self._clock.now()
+
+    def spent(self, who: str) -> float:
+        """Seconds of this one's turns that are over."""
+        return self._spent.get(who, 0.0)
+
+    def now(self) -> float:
+        return self.spent(self._who) + self._clock.now() - self._since
+
+    def wait(self, seconds: float) -> None:
+        self._clock.wait(seconds)
 
 
 @dataclass(frozen=True)
@@ -78,6 +104,16 @@ class Served:
         return self.emissions[0][0] - self.arrival_s
 
 
+def finished(steps: Generator[None, None, T]) -> T:
+    """What comes of the steps when all are taken."""
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            result: T = end.value
+            return result
+
+
 def drive(
     server: Server,
     arrivals: Arrivals,
@@ -89,6 +125,16 @@ def drive(
     A request counts from when its user sends it, not from when the server, busy with a step, looks at it. `on_step` sees
     each step's emissions and all requests so far.
     """
+    return finished(driven(server, arrivals, clock, on_step))
+
+
+def driven(
+    server: Server,
+    arrivals: Arrivals,
+    clock: Clock,
+    on_step: Callable[[list[Emission], dict[int, Served]], None] = lambda emissions, served: None,
+) -> Generator[None, None, list[Served]]:
+    """`drive`, step by step: it yields after each, and returns the requests."""
     begin = clock.now()
     waited_for = 0.0
     served: dict[int, Served] = {}
@@ -112,3 +158,4 @@ def drive(
             if one.is_last:
                 arrivals.ended(one.time_s - begin)
         on_step(emissions, served)
+        yield

@@ -11,7 +11,7 @@ import torch
 
 from specdec.config import LoadConfig
 from specdec.experiments.campaign import campaign
-from specdec.experiments.driving import WallClock
+from specdec.experiments.driving import TurnClock, WallClock
 from specdec.experiments.load_contenders import (
     ADAPTIVE,
     CONTINUOUS,
@@ -50,7 +50,7 @@ def run(config: LoadConfig, command: str) -> int:
         # transformers runs the weights in their plain layout, as it does for everybody.
         plainly = replace(config.target, packed=False, self_check=False, numerics="fast")
         theirs = load_target(plainly) if {STATIC, CONTINUOUS} & set(config.contenders) else None
-        clock = WallClock()
+        clock = TurnClock(WallClock()) if config.take_turns else WallClock()
         longest = max(len(one.prompt) + one.params.max_new_tokens for one in requests)
         ignore_eos = requests[0].params.ignore_eos
         built = build_contenders(config, system, target, theirs, longest, ignore_eos, clock)
@@ -80,6 +80,11 @@ def _check(config: LoadConfig) -> tuple[list[Point], Workload]:
         raise ValueError(f"num_requests={config.num_requests} and num_repeats={config.num_repeats} must be >= 1")
     if config.duration_s is not None and config.duration_s <= 0:
         raise ValueError(f"duration_s={config.duration_s} must be > 0, or null")
+    if config.take_turns and (config.rates or CONTINUOUS in config.contenders):
+        raise ValueError(
+            f"take_turns=true with rates={list(config.rates)} and contenders={list(config.contenders)}: turns are for "
+            f"concurrencies, and {CONTINUOUS} has a thread of its own that nobody can stop meanwhile"
+        )
     check_contenders(config)
     if {FIXED, ADAPTIVE} & set(config.contenders):
         rule_and_policy(config)
@@ -114,6 +119,7 @@ def _common_labels(
         "prefill_chunk": config.engine.prefill_chunk,
         "page_size": config.engine.page_size,
         "num_pages": config.engine.num_pages,
+        "take_turns": config.take_turns,
         "dtype": str(target.dtype).removeprefix("torch."),
         "numerics": target.numerics,
         "num_threads": torch.get_num_threads(),

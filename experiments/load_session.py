@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from specdec.experiments.arrivals import Arrivals, ClosedLoop, OpenLoop, poisson_times
-from specdec.experiments.driving import Clock, Emission, Served, Server, drive
+from specdec.experiments.driving import Clock, Emission, Served, Server, TurnClock, drive, driven, finished
 from specdec.experiments.load_contenders import LoadContender
 from specdec.experiments.load_rows import LoadRun, Point
 from specdec.experiments.resume import Measurements, digest
@@ -41,21 +41,51 @@ class Session:
             for repeat in range(num_repeats):
                 # Nobody is always first, when the machine is cool, or always last.
                 first = (number + repeat) % len(names)
-                for name in names[first:] + names[:first]:
-                    one = self.contenders[name]
-                    key = digest(name, one.labels, asdict(point), repeat, sent, self.common)
-                    found = self.raw.get(key)
-                    if found is not None:
-                        run = LoadRun(**found["run"])
-                    else:
-                        run = self._serve(name, point, progress, view)
-                        self.raw.put(key, name=name, load=point.label, repeat=repeat, run=asdict(run))
-                        view.note(_line(name, point, repeat, run))
-                    progress.ended(is_new=found is None)
-                    runs[name, point].append(run)
+                keys = {
+                    name: digest(name, self.contenders[name].labels, asdict(point), repeat, sent, self.common)
+                    for name in names[first:] + names[:first]
+                }
+                known = {name: found["run"] for name, key in keys.items() if (found := self.raw.get(key)) is not None}
+                for _ in known:
+                    progress.ended(is_new=False)
+                new = [name for name in keys if name not in known]
+                for name, run in self._served(new, point, progress, view):
+                    known[name] = asdict(run)
+                    self.raw.put(keys[name], name=name, load=point.label, repeat=repeat, run=known[name])
+                    view.note(_line(name, point, repeat, run))
+                    progress.ended(is_new=True)
+                for name in names:
+                    runs[name, point].append(LoadRun(**known[name]))
         return runs
 
-    def _serve(self, name: str, point: Point, progress: _Progress, view: LiveView) -> LoadRun:
+    def _served(
+        self, names: Seq[str], point: Point, progress: _Progress, view: LiveView
+    ) -> Generator[tuple[str, LoadRun], None, None]:
+        """The runs of these contenders, one after another, or all at once where the clock is one for turns: a step of whoever
+        has used least time is next, so that whatever else the machine does meets all of them alike."""
+        clock = self.clock
+        if not isinstance(clock, TurnClock):
+            for name in names:
+                yield name, finished(self._serve(name, point, progress, view))
+            return
+        open_runs = {name: self._serve(name, point, progress, view) for name in names}
+        begins: dict[str, float] = {}
+        while open_runs:
+            # Before its first step each sets up what it serves with: that is no part of the load.
+            name = min(open_runs, key=lambda one: clock.spent(one) - begins[one] if one in begins else -1.0)
+            clock.give(name)
+            try:
+                next(open_runs[name])
+            except StopIteration as end:
+                clock.give("")
+                del open_runs[name]
+                yield name, end.value
+            else:
+                # What is noted and shown between turns is nobody's time.
+                clock.give("")
+                begins.setdefault(name, clock.spent(name))
+
+    def _serve(self, name: str, point: Point, progress: _Progress, view: LiveView) -> Generator[None, None, LoadRun]:
         contender = self.contenders[name]
         if name not in self._warm:
             self._warm_up(contender)
@@ -71,7 +101,7 @@ class Session:
             view.show(lambda: self._state(f"{name}, {point.label}", server, meter, progress))
 
         try:
-            served = drive(server, self._arrivals(point), self.clock, watch)
+            served = yield from driven(server, self._arrivals(point), self.clock, watch)
             return LoadRun.of(served, server.cost())
         finally:
             server.close()

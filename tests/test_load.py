@@ -209,6 +209,17 @@ def test_a_sweep_is_measured_written_drawn_and_goes_on_where_it_was(model, capfd
             assert row["prefix_hit_rate"] == 0 if not row["share_prefixes"] else row["prefix_hit_rate"] > 0
 
 
+def test_by_turns_the_texts_are_the_same_and_only_what_is_missing_is_served(model, capfd) -> None:
+    words = ["load", *model, "prompt_file=a.txt", "concurrencies=[1,2]", "num_requests=3", "take_turns=true"]
+    words += ["engine.max_batch_size=2", "contenders=[plain,fixed,adaptive,transformers]"]
+    assert cli.main([*words, "num_repeats=1"]) == 0
+    assert cli.main([*words, "num_repeats=2"]) == 0
+    rows = [json.loads(text) for text in Path("rows.jsonl").read_text().splitlines()]
+    assert len(rows) == 2 * 2 * 4 and all(row["take_turns"] and row["num_differing"] == 0 for row in rows)
+    assert [row["resumed_measurements"] for row in rows] == [0] * 8 + [8] * 8
+    assert [row["num_repeats"] for row in rows] == [1] * 8 + [2] * 8
+
+
 @pytest.mark.parametrize(
     ("words", "parts"),
     [
@@ -224,6 +235,11 @@ def test_a_sweep_is_measured_written_drawn_and_goes_on_where_it_was(model, capfd
         ("prompt_file=a.txt drafter=none", ["drafter=plain"]),
         ("prompt_file=a.txt concurrencies=[]", ["concurrencies=[]", "rates=[]"]),
         ("prompt_file=a.txt rates=[0]", ["rates=[0.0]"]),
+        ("prompt_file=a.txt take_turns=true rates=[5]", ["take_turns=true", "rates=[5.0]"]),
+        (
+            "prompt_file=a.txt take_turns=true sampling=greedy contenders=[plain,transformers_continuous]",
+            ["take_turns=true", "transformers_continuous"],
+        ),
         ("prompt_file=a.txt num_requests=0", ["num_requests=0"]),
         ("prompt_file=a.txt duration_s=0", ["duration_s=0"]),
         ("prompt_file=a.txt share_prefixes=[true,true]", ["share_prefixes"]),

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import statistics
 from collections import Counter, deque
+from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from specdec.experiments.arrivals import ClosedLoop, OpenLoop, poisson_times
-from specdec.experiments.driving import Emission, Served, drive
-from specdec.experiments.load_rows import LoadRun, crossover, load_row
+from specdec.experiments.driving import Emission, Served, TurnClock, drive
+from specdec.experiments.load_contenders import LoadContender
+from specdec.experiments.load_rows import LoadRun, Point, crossover, load_row
+from specdec.experiments.load_session import Session
+from specdec.experiments.resume import Measurements
 from specdec.experiments.workload import Lengths, LoadRequest, Texts, Workload
+from specdec.live import Gauges, LiveView
 from specdec.sampling import SamplingParams
 
 
@@ -107,6 +115,49 @@ def test_closed_loop_keeps_its_users_busy(concurrency: int) -> None:
     assert [one.arrival_s for one in served] == pytest.approx([0.0] * concurrency + ends[: 7 - concurrency])
     with pytest.raises(ValueError, match="concurrency=0"):
         ClosedLoop(requests, 0)
+
+
+def test_contenders_who_take_turns_have_times_of_their_own(tmp_path: Path) -> None:
+    clock, order, requests = Clock(), list[str](), make_requests(4)
+    turns = TurnClock(clock)
+
+    class Turning(Server):
+        def __init__(self, name: str, step_s: float) -> None:
+            super().__init__(clock, places=2)
+            self.name, self.step_s = name, step_s
+
+        def step(self, wait_s: float | None) -> list[Emission]:
+            order.append(self.name)
+            clock.seconds += self.step_s - 1.0
+            return [replace(one, time_s=turns.now()) for one in super().step(wait_s)]
+
+        def cost(self) -> dict[str, Any]:
+            clock.seconds += 50.0
+            return {}
+
+        def gauges(self) -> Gauges:
+            return Gauges()
+
+        def close(self) -> None:
+            order.append(f"{self.name} ends")
+
+    servers = {"slow": 3.0, "fast": 1.0}
+    contenders = {
+        name: LoadContender(name, False, {}, lambda name=name, step_s=step_s: Turning(name, step_s))
+        for name, step_s in servers.items()
+    }
+    path = tmp_path / "raw.jsonl"
+    path.touch()
+    session = Session(contenders, requests, Measurements(path), {}, turns)
+    point = Point("concurrency", 2)
+    with LiveView(Console(file=io.StringIO()), clock.now) as view:
+        runs = session.serve_all([point], 2, view)
+    for name, step_s in servers.items():
+        assert [run.seconds for run in runs[name, point]] == pytest.approx([6 * step_s] * 2)
+    # Behind the warm-up of both: whoever has used least is next.
+    last = order[order.index("fast ends") + 1 :]
+    assert last.index("fast ends") < last.index("slow ends")
+    assert last[: last.index("fast ends")].count("slow") == 2
 
 
 def test_steps_are_seen_with_their_requests() -> None:

@@ -172,7 +172,8 @@ class LoadConfig(SystemConfig, WorkloadConfig, RunConfig):
 
     Each of `concurrencies` is a closed loop of so many users, each of `rates` an open one of so many requests per second.
     Each of `contenders` serves every point `num_repeats` times, with pages shared or not as `share_prefixes` lists
-    (none: as the engine does).
+    (none: as the engine does). With `take_turns` the contenders serve a point at the same time, step by step, each on a clock
+    that stands still while others work: a machine that is now slower, now quicker, is so for all of them.
     """
 
     mixture: list[PromptSetConfig] = field(default_factory=list)
@@ -182,6 +183,7 @@ class LoadConfig(SystemConfig, WorkloadConfig, RunConfig):
     contenders: list[str] = MISSING
     share_prefixes: list[bool] = MISSING
     num_repeats: int = MISSING
+    take_turns: bool = MISSING
     work_dir: str = MISSING
 
 
