@@ -33,27 +33,27 @@ class WallClock:
 
 
 class TurnClock:
-    """Tells each of several who take turns the seconds of `clock` that were its own; for those who wait it stands still."""
+    """Tells each of several who take turns the seconds of `whole` that were its own; for those who wait it stands still."""
 
-    def __init__(self, clock: Clock) -> None:
-        self._clock = clock
+    def __init__(self, whole: Clock) -> None:
+        self.whole = whole
         self._spent: dict[str, float] = {}
-        self._who, self._since = "", clock.now()
+        self._who, self._since = "", whole.now()
 
     def give(self, who: str) -> None:
         """From now on it is this one's turn."""
         self._spent[self._who] = self.now()
-        self._who, self._since = who, self._clock.now()
+        self._who, self._since = who, self.whole.now()
 
     def spent(self, who: str) -> float:
         """Seconds of this one's turns that are over."""
         return self._spent.get(who, 0.0)
 
     def now(self) -> float:
-        return self.spent(self._who) + self._clock.now() - self._since
+        return self.spent(self._who) + self.whole.now() - self._since
 
     def wait(self, seconds: float) -> None:
-        self._clock.wait(seconds)
+        self.whole.wait(seconds)
 
 
 @dataclass(frozen=True)

@@ -32,11 +32,14 @@ class Session:
     _warm: set[str] = field(default_factory=set)
 
     def serve_all(self, points: Seq[Point], num_repeats: int, view: LiveView) -> dict[tuple[str, Point], list[LoadRun]]:
-        """Every contender's runs at every point; what is known already is not served again."""
-        sent = digest([asdict(one) for one in self.requests], self.seed)
+        """Every contender's runs at every point; what is known already is not served again. Those who take turns belong
+        together: they are kept when all of them have ended, and are known only all of them and beside the same others."""
+        by_turns = isinstance(self.clock, TurnClock)
         names = list(self.contenders)
+        sent = digest([asdict(one) for one in self.requests], self.seed, sorted(names) if by_turns else [])
         runs: dict[tuple[str, Point], list[LoadRun]] = {(name, point): [] for point in points for name in names}
-        progress = _Progress(len(runs) * num_repeats, self.clock)
+        whole = self.clock.whole if isinstance(self.clock, TurnClock) else self.clock
+        progress = _Progress(len(runs) * num_repeats, whole)
         for number, point in enumerate(points):
             for repeat in range(num_repeats):
                 # Nobody is always first, when the machine is cool, or always last.
@@ -46,14 +49,16 @@ class Session:
                     for name in names[first:] + names[:first]
                 }
                 known = {name: found["run"] for name, key in keys.items() if (found := self.raw.get(key)) is not None}
-                for _ in known:
-                    progress.ended(is_new=False)
-                new = [name for name in keys if name not in known]
-                for name, run in self._served(new, point, progress, view):
+                if by_turns and len(known) < len(names):
+                    known = {}
+                for name in known:
+                    progress.ended(name, is_new=False)
+                new = self._served([name for name in keys if name not in known], point, progress, view)
+                for name, run in list(new) if by_turns else new:
                     known[name] = asdict(run)
                     self.raw.put(keys[name], name=name, load=point.label, repeat=repeat, run=known[name])
                     view.note(_line(name, point, repeat, run))
-                    progress.ended(is_new=True)
+                    progress.ended(name, is_new=True)
                 for name in names:
                     runs[name, point].append(LoadRun(**known[name]))
         return runs
@@ -98,6 +103,7 @@ class Session:
             for one in emissions:
                 request = served[one.index]
                 meter.count(one.index, len(one.token_ids), one.time_s - begin, one.is_last, request.arrival_s)
+            progress.shares[name] = meter.num_ended / len(self.requests)
             view.show(lambda: self._state(f"{name}, {point.label}", server, meter, progress))
 
         try:
@@ -123,36 +129,39 @@ class Session:
         return OpenLoop(self.requests, times, self.duration_s)
 
     def _state(self, title: str, server: Server, meter: Meter, progress: _Progress) -> LiveState:
-        total = len(self.requests)
         return LiveState(
             f"{title} ({progress.num_ended + 1} of {progress.total} loads)",
             meter.num_ended,
-            total,
+            len(self.requests),
             meter.tokens_per_s,
             meter.latency,
             server.gauges(),
-            progress.eta_s(meter.num_ended / total),
+            progress.eta_s(),
         )
 
 
 @dataclass
 class _Progress:
-    """How far a sweep is; the time to come is that of the loads served in this process, as if all took as long."""
+    """How far a sweep is, with `shares` of the loads under way done; the time to come is that of the loads served in this
+    process, as if all took as long."""
 
     total: int
     clock: Clock
     num_ended: int = 0
     num_new: int = 0
+    shares: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._begin = self.clock.now()
 
-    def ended(self, is_new: bool) -> None:
+    def ended(self, name: str, is_new: bool) -> None:
+        self.shares.pop(name, None)
         self.num_ended += 1
         self.num_new += is_new
 
-    def eta_s(self, share: float) -> float | None:
-        """With `share` of the present load done; None before anything is."""
+    def eta_s(self) -> float | None:
+        """None before anything is done."""
+        share = sum(self.shares.values())
         done = self.num_new + share
         return (self.clock.now() - self._begin) / done * (self.total - self.num_ended - share) if done else None
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from itertools import groupby
 from typing import Any
 
@@ -18,7 +17,6 @@ class EngineServer:
 
     def __init__(self, engine: Engine, clock: Clock) -> None:
         self.engine, self._clock = engine, clock
-        self._num_tokens = self._num_forwards = 0
 
     @property
     def is_idle(self) -> bool:
@@ -33,20 +31,16 @@ class EngineServer:
         found = []
         for index, group in groupby(tokens, key=lambda token: token.index):
             same = list(group)
-            result = same[-1].result
-            found.append(Emission(index, [token.token_id for token in same], now, result is not None))
-            if result is not None:
-                self._num_tokens += result.metrics.num_new_tokens
-                self._num_forwards += result.metrics.num_target_forwards
+            found.append(Emission(index, [token.token_id for token in same], now, same[-1].result is not None))
         return found
 
     def gauges(self) -> Gauges:
-        return replace(engine_gauges(self.engine), tau=self._tau)
+        return engine_gauges(self.engine)
 
     def cost(self) -> dict[str, Any]:
         metrics, times = self.engine.metrics, self.engine.metrics.times
         return {
-            "tau": self._tau,
+            "tau": metrics.tau,
             "acceptance_by_depth": metrics.acceptance_by_depth,
             "occupancy": metrics.occupancy,
             "num_steps": metrics.num_steps,
@@ -62,8 +56,3 @@ class EngineServer:
 
     def close(self) -> None:
         """Its pages go with the engine."""
-
-    @property
-    def _tau(self) -> float | None:
-        """Over the requests that have ended."""
-        return self._num_tokens / self._num_forwards if self._num_forwards else None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
-from dataclasses import replace
 from threading import Lock
 
 from specdec.async_engine import AsyncEngine
@@ -33,14 +32,7 @@ class ServerView:
             gauges = engine_gauges(front.engine)
             with self._lock:
                 meter = self._meter
-                return LiveState(
-                    self._title,
-                    meter.num_ended,
-                    None,
-                    meter.tokens_per_s,
-                    meter.latency,
-                    replace(gauges, tau=meter.tau),
-                )
+                return LiveState(self._title, meter.num_ended, None, meter.tokens_per_s, meter.latency, gauges)
 
         if self._view.is_terminal or num_steps != self._num_shown:
             self._view.show(state)

@@ -79,7 +79,6 @@ class Meter:
         self, clock: Callable[[], float] = time.perf_counter, window_s: float = 10.0, num_kept: int = 2048
     ) -> None:
         self.num_ended = 0
-        self._num_tokens = self._num_forwards = 0
         self._clock, self._window_s, self._begin = clock, window_s, clock()
         # The last token's time; the request that has waited longest for its next one comes first.
         self._last: OrderedDict[int, float] = OrderedDict()
@@ -113,8 +112,6 @@ class Meter:
             self.count(id, len(same), now, result is not None)
             if result is not None:
                 self._ttft.append(result.metrics.ttft_s)
-                self._num_tokens += result.metrics.num_new_tokens
-                self._num_forwards += result.metrics.num_target_forwards
 
     @property
     def tokens_per_s(self) -> float:
@@ -123,11 +120,6 @@ class Meter:
         while self._recent and self._recent[0][0] < since:
             self._recent.popleft()
         return sum(count for _, count in self._recent) / (now - since) if now > since else 0.0
-
-    @property
-    def tau(self) -> float | None:
-        """Over the requests that an engine has ended."""
-        return self._num_tokens / self._num_forwards if self._num_forwards else None
 
     @property
     def latency(self) -> Latency:
@@ -147,6 +139,7 @@ def engine_gauges(engine: Engine) -> Gauges:
         pages_total=metrics.num_pages,
         prefix_hit_rate=metrics.num_prefix_tokens / max(metrics.num_prompt_tokens, 1),
         preemptions=metrics.num_preemptions,
+        tau=metrics.tau,
         shares={name: seconds / times.total_s for name, seconds in parts.items()} if times.total_s else {},
     )
 

@@ -117,8 +117,8 @@ class EngineMetrics:
     `num_prompt_tokens` counts each prompt once, when it is first run, and `num_prefix_tokens` the positions of it that came
     from shared pages then; `num_prefill_tokens` are those computed in prompt chunks, after a preemption once more;
     `num_computed_tokens` are all tokens that went through the target, trees included. Pages as they stand: in all, held by
-    anybody, held by the prefix cache, and of these the ones that nobody uses. Trees by depth are those of requests that have
-    ended, in whatever way.
+    anybody, held by the prefix cache, and of these the ones that nobody uses. Trees by depth, and the tokens and forwards of
+    `tau`, are those of requests that have ended, in whatever way.
     """
 
     max_batch_size: int
@@ -140,6 +140,8 @@ class EngineMetrics:
     num_idle_prefix_pages: int = 0
     drafted_by_depth: list[int] = field(default_factory=list)
     accepted_by_depth: list[int] = field(default_factory=list)
+    num_ended_tokens: int = 0
+    num_ended_forwards: int = 0
     times: StepTimes = field(default_factory=StepTimes)
 
     @property
@@ -152,8 +154,15 @@ class EngineMetrics:
         """See `acceptance`."""
         return acceptance(self.accepted_by_depth, self.drafted_by_depth)
 
+    @property
+    def tau(self) -> float | None:
+        """Mean tokens per target forward of the requests that have ended; None before one has."""
+        return self.num_ended_tokens / self.num_ended_forwards if self.num_ended_forwards else None
+
     def count_ended(self, request: RequestMetrics) -> None:
-        """Takes in the trees of a request that has ended."""
+        """Takes in the trees, tokens and forwards of a request that has ended."""
+        self.num_ended_tokens += request.num_new_tokens
+        self.num_ended_forwards += request.num_target_forwards
         # New lists, since other threads may be reading the old ones.
         self.drafted_by_depth = added(self.drafted_by_depth, request.drafted_by_depth)
         self.accepted_by_depth = added(self.accepted_by_depth, request.accepted_by_depth)

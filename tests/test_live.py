@@ -112,13 +112,12 @@ def test_a_meter_forgets_requests_that_were_cancelled() -> None:
 def test_a_meter_takes_what_a_step_emits() -> None:
     clock = Clock()
     meter = Meter(clock)
-    assert meter.tau is None
     clock.seconds = 1.0
     meter.emitted([SimpleNamespace(id=0, result=None), SimpleNamespace(id=7, result=None)])
     clock.seconds = 2.0
-    last = SimpleNamespace(metrics=SimpleNamespace(ttft_s=0.75, num_new_tokens=5, num_target_forwards=2))
+    last = SimpleNamespace(metrics=SimpleNamespace(ttft_s=0.75))
     meter.emitted([SimpleNamespace(id=0, result=None), SimpleNamespace(id=0, result=last)])
-    assert (meter.num_ended, meter.tokens_per_s, meter.tau) == (1, 2.0, 2.5)
+    assert (meter.num_ended, meter.tokens_per_s) == (1, 2.0)
     assert meter.latency == Latency(0.75, 0.75, 0.5, 0.5, 0.5)
 
 

@@ -218,6 +218,15 @@ def test_by_turns_the_texts_are_the_same_and_only_what_is_missing_is_served(mode
     assert len(rows) == 2 * 2 * 4 and all(row["take_turns"] and row["num_differing"] == 0 for row in rows)
     assert [row["resumed_measurements"] for row in rows] == [0] * 8 + [8] * 8
     assert [row["num_repeats"] for row in rows] == [1] * 8 + [2] * 8
+    # Where one of those who took turns is missing, or another has joined, all of them are served again.
+    raw = Path("work/raw.jsonl")
+    kept = raw.read_text().splitlines()
+    assert len(kept) == 16
+    raw.write_text("\n".join(kept[:-1]) + "\n")
+    assert cli.main([*words, "num_repeats=2"]) == 0
+    assert len(raw.read_text().splitlines()) == 15 + 4
+    assert cli.main([*words, "num_repeats=1", "contenders=[plain,fixed]"]) == 0
+    assert len(raw.read_text().splitlines()) == 15 + 4 + 2 * 2
 
 
 @pytest.mark.parametrize(

@@ -32,14 +32,15 @@ def test_acceptance_is_of_the_trees_that_came_so_deep() -> None:
 
 
 def test_an_engine_adds_up_its_requests_and_leaves_what_was_read_alone() -> None:
-    shallow = RequestMetrics(drafted_by_depth=[2], accepted_by_depth=[1])
-    deep = RequestMetrics(drafted_by_depth=[4, 2], accepted_by_depth=[2, 1])
+    shallow = RequestMetrics(drafted_by_depth=[2], accepted_by_depth=[1], num_new_tokens=3, num_target_forwards=2)
+    deep = RequestMetrics(drafted_by_depth=[4, 2], accepted_by_depth=[2, 1], num_new_tokens=7, num_target_forwards=4)
     metrics = EngineMetrics(1)
+    assert metrics.tau is None
     metrics.count_ended(shallow)
     read = metrics.drafted_by_depth
     metrics.count_ended(deep)
     assert (metrics.drafted_by_depth, metrics.accepted_by_depth) == ([6, 2], [3, 1])
-    assert metrics.acceptance_by_depth == [0.5, 0.5]
+    assert metrics.acceptance_by_depth == [0.5, 0.5] and metrics.tau == 10 / 6
     assert read == [2] == shallow.drafted_by_depth and deep.drafted_by_depth == [4, 2]
 
 
@@ -49,7 +50,7 @@ def test_only_requests_that_have_ended_count(tiny) -> None:  # type: ignore[no-u
     handles = [engine.submit([5 + i, 6, 7], SamplingParams(max_new_tokens=9, ignore_eos=True)) for i in range(2)]
     for _ in range(2):
         engine.step()
-    assert handles[0].metrics.drafted_by_depth and engine.metrics.drafted_by_depth == []
+    assert handles[0].metrics.drafted_by_depth and engine.metrics.drafted_by_depth == [] and engine.metrics.tau is None
     handles[0].cancel()
     assert engine.metrics.drafted_by_depth == handles[0].metrics.drafted_by_depth
     tokens = list(handles[1])
@@ -59,3 +60,4 @@ def test_only_requests_that_have_ended_count(tiny) -> None:  # type: ignore[no-u
     # The draft model is the target itself.
     assert engine.metrics.accepted_by_depth == [a + b for a, b in pairs] == engine.metrics.drafted_by_depth
     assert engine.metrics.acceptance_by_depth == [1.0, 1.0, 1.0]
+    assert engine.metrics.tau == (one.num_new_tokens + 9) / (one.num_target_forwards + other.num_target_forwards)
